@@ -1,0 +1,90 @@
+// fastcap._C: one line per operation and device.
+#include <pybind11/pybind11.h>
+
+#include "common/check.h"
+#include "common/tensor_caster.h"
+#include "subset_cross_entropy/subset_cross_entropy.h"
+
+namespace py = pybind11;
+using fastcap::Tensor;
+
+namespace {
+
+using Options = fastcap::SubsetCrossEntropyOptions;
+
+Options subset_cross_entropy_options(int subset, bool first_full, double mle_weight, double label_smoothing,
+                                     double logit_softcap, double z_loss, int64_t ignore_index, int64_t ids_pad,
+                                     int reduction) {
+  return {static_cast<fastcap::Subset>(subset), first_full,   mle_weight, label_smoothing, logit_softcap, z_loss,
+          ignore_index,                         ids_pad,      reduction};
+}
+
+void subset_cross_entropy_fwd_cpu(Tensor input, Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor out,
+                                  Tensor inv_denom, Tensor stats, Tensor cols, Tensor dset, const Options& options,
+                                  int threads) {
+  py::gil_scoped_release release;
+  fastcap::subset_cross_entropy_fwd_cpu(
+      {input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, Tensor{}}, options, threads);
+}
+
+void subset_cross_entropy_bwd_cpu(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids,
+                                  Tensor weight, Tensor stats, Tensor cols, Tensor dset, Tensor dinput,
+                                  const Options& options, int threads) {
+  py::gil_scoped_release release;
+  fastcap::subset_cross_entropy_bwd_cpu({grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput},
+                                        options, threads);
+}
+
+#if defined(FASTCAP_WITH_CUDA)
+void subset_cross_entropy_fwd_cuda(Tensor input, Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor out,
+                                   Tensor inv_denom, Tensor stats, Tensor cols, Tensor dset, Tensor scratch,
+                                   Tensor excluded, const Options& options, uintptr_t stream) {
+  py::gil_scoped_release release;
+  fastcap::subset_cross_entropy_fwd_cuda(
+      {input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, scratch}, excluded, options,
+      reinterpret_cast<void*>(stream));
+}
+
+void subset_cross_entropy_bwd_cuda(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor weight,
+                                   Tensor stats, Tensor cols, Tensor dset, Tensor dinput, Tensor excluded,
+                                   const Options& options, uintptr_t stream) {
+  py::gil_scoped_release release;
+  fastcap::subset_cross_entropy_bwd_cuda(
+      {grad_out, inv_denom, input, target, Tensor{}, weight, stats, cols, dset, dinput}, excluded, options,
+      reinterpret_cast<void*>(stream));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastcap's compiled kernels. Called by fastcap.ops; not a public interface.";
+  py::register_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const fastcap::BadInput& bad) {
+      py::set_error(py::module_::import("fastcap.errors").attr("FastcapError"), bad.what());
+    }
+  });
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+#if defined(FASTCAP_WITH_CUDA)
+  m.attr("cuda") = FASTCAP_WITH_CUDA;  // the architectures that it was compiled for, as text
+#else
+  m.attr("cuda") = py::none();
+#endif
+
+  py::class_<Options>(m, "SubsetCrossEntropyOptions")
+      .def(py::init(&subset_cross_entropy_options), py::kw_only(), py::arg("subset"), py::arg("first_full"),
+           py::arg("mle_weight"), py::arg("label_smoothing"), py::arg("logit_softcap"), py::arg("z_loss"),
+           py::arg("ignore_index"), py::arg("ids_pad"), py::arg("reduction"));
+  m.def("subset_cross_entropy_fwd_cpu", &subset_cross_entropy_fwd_cpu);
+  m.def("subset_cross_entropy_bwd_cpu", &subset_cross_entropy_bwd_cpu);
+#if defined(FASTCAP_WITH_CUDA)
+  m.def("subset_cross_entropy_fwd_cuda", &subset_cross_entropy_fwd_cuda);
+  m.def("subset_cross_entropy_bwd_cuda", &subset_cross_entropy_bwd_cuda);
+#endif
+}

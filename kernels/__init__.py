@@ -1,0 +1,1 @@
+"""Triton kernels, packaged as fastcap.kernels. Imports torch and triton only."""

@@ -1,0 +1,511 @@
+"""Softmax cross-entropy over a subset of the vocabulary, from logits. Maths and names: csrc/subset_cross_entropy/*.h.
+
+Forward: one program a token (a row of V logits). It reads the ids that the token may choose from, masks repeats by comparing
+them with each other in registers, gathers their logits, and where the whole vocabulary takes part runs once over the row.
+A second launch of one program reduces the tokens' losses, in a fixed order. Backward: one program a block of a row writes
+zeros, or the dense gradient, and then its candidates; programs never share an element. Three launches in all.
+
+Floor, bytes: forward 32 per gathered logit (a sector), plus V * itemsize for each row that needs the whole vocabulary;
+backward N * V * itemsize written, plus as much read for rows with a dense part.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from fastcap.kernels._common import Launch, softcap
+
+# enum Stat in the C++ header
+LSE_F, A_F, S_F, D_F, LSE_S, A_S, S_S, D_S = (tl.constexpr(i) for i in range(8))
+NUM_STATS = 8
+
+# Repeats are masked by comparing all pairs of up to this many ids; more are sorted first (`_drop_repeats`).
+MAX_PAIRED_IDS = 64
+
+
+@triton.jit
+def _merge(m, s, z):
+    """The running max m and sum s of exp(. - m) [BLOCK], lane by lane, after a block z. -inf adds nothing."""
+    m_new = tl.maximum(m, z)
+    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+    return m_new, s * tl.exp(m - shift) + tl.exp(z - shift)
+
+
+@triton.jit
+def _finish(m, s):
+    """log sum exp of the lanes."""
+    top = tl.max(m, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    return top + tl.log(tl.sum(s * tl.exp(m - shift), 0))
+
+
+@triton.jit
+def _part(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss):
+    """One part's loss and the coefficients (A, S, D) of its gradient."""
+    d = (1 - smoothing) * w_y
+    s = smoothing / n
+    loss = d * (lse - z_y) + z_loss * w_y * lse * lse
+    loss += tl.where(smoothing > 0, s * (sum_w * lse - sum_wz), 0.0)
+    return loss, d + s * sum_w + 2 * z_loss * w_y * lse, s, d
+
+
+@triton.jit
+def _load_ids(p_ids, ids_strides, start, K, y, IDS_PAD: tl.constexpr, UNIQUE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A block of a token's ids, and which of them are candidates beside the target: no pad, no repeat, not the target."""
+    o_k = start + tl.arange(0, BLOCK_K)
+    ids = tl.load(p_ids + o_k * ids_strides[2], mask=o_k < K, other=IDS_PAD)
+    m_k = (ids != IDS_PAD) & (ids != y) & (o_k < K)
+    if not UNIQUE:  # then K <= BLOCK_K, and this is the only block
+        o_j = tl.arange(0, BLOCK_K)
+        others = tl.load(p_ids + o_j * ids_strides[2], mask=o_j < K, other=IDS_PAD)
+        repeats = (ids[:, None] == others[None, :]) & (o_j[None, :] < o_k[:, None])
+        m_k &= tl.sum(repeats.to(tl.int32), 1) == 0
+    return ids, m_k
+
+
+@triton.jit
+def _subset_cross_entropy_fwd_kernel(
+    input_ptr, target_ptr, ids_ptr, excluded_ptr, weight_ptr, token_weight_ptr,
+    loss_ptr, denom_ptr, stats_ptr, cols_ptr, dset_ptr,
+    input_strides, target_strides, ids_strides, token_weight_strides,
+    N, T, V, K,
+    smoothing: tl.float64, z_loss: tl.float64, mle_weight: tl.float64,
+    IGNORE_INDEX: tl.constexpr, IDS_PAD: tl.constexpr, CAP: tl.constexpr,
+    IS_SET: tl.constexpr, IS_REVERSE: tl.constexpr, IS_FULL: tl.constexpr, FIRST_FULL: tl.constexpr,
+    HAS_MLE: tl.constexpr, SMOOTH: tl.constexpr, UNIQUE: tl.constexpr, NEED_GRAD: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    smoothing, z_loss = tl.full((), smoothing, ACC), tl.full((), z_loss, ACC)
+    mle_weight = tl.full((), mle_weight, ACC)
+    i_n = tl.program_id(0).to(tl.int64)
+    i_b, i_t = i_n // T, i_n % T
+    p_row = input_ptr + i_b * input_strides[0] + i_t * input_strides[1]
+    y = tl.load(target_ptr + i_b * target_strides[0] + i_t * target_strides[1])
+    valid = y != IGNORE_INDEX
+    wrong = valid & ((y < 0) | (y >= V))
+    y = tl.where(valid & (y >= 0) & (y < V), y, 0)
+
+    of_full = tl.full((), 1.0, ACC) if IS_FULL else mle_weight
+    if FIRST_FULL:
+        earlier = tl.zeros((), tl.int32)
+        for past in range(0, i_t, BLOCK_T):
+            o_t = past + tl.arange(0, BLOCK_T)
+            labels = tl.load(
+                target_ptr + i_b * target_strides[0] + o_t * target_strides[1], mask=o_t < i_t, other=IGNORE_INDEX
+            )
+            earlier += tl.sum((labels != IGNORE_INDEX).to(tl.int32), 0)
+        of_full = tl.where(earlier == 0, 1.0, of_full).to(ACC)
+    of_rest = 1 - of_full
+    if weight_ptr is None:
+        w_y = tl.full((), 1.0, ACC)
+    else:
+        w_y = tl.load(weight_ptr + y)
+    scale = tl.where(valid, 1.0, 0.0).to(ACC)
+    if token_weight_ptr is not None:
+        scale *= tl.load(token_weight_ptr + i_b * token_weight_strides[0] + i_t * token_weight_strides[1])
+    scale = tl.where(wrong, float("nan"), scale).to(ACC)  # loud, and never a wrong read
+
+    loss = tl.zeros((), ACC)
+    z_y = softcap(tl.load(p_row + y * input_strides[2], mask=valid, other=0.0).to(ACC), CAP)
+
+    # Dense parts: one pass over the row serves the whole vocabulary and, where asked for, all but the excluded.
+    wants_full = valid & (of_full > 0)
+    wants_rest = valid & (of_rest > 0)
+    if IS_FULL or FIRST_FULL or HAS_MLE or IS_REVERSE:
+        if wants_full | IS_REVERSE & valid:
+            m_f = tl.full((BLOCK_V,), float("-inf"), ACC)
+            s_f = tl.zeros((BLOCK_V,), ACC)
+            m_r = tl.full((BLOCK_V,), float("-inf"), ACC)
+            s_r = tl.zeros((BLOCK_V,), ACC)
+            sum_w = tl.zeros((BLOCK_V,), ACC)
+            sum_wz = tl.zeros((BLOCK_V,), ACC)
+            sum_wr = tl.zeros((BLOCK_V,), ACC)
+            sum_wzr = tl.zeros((BLOCK_V,), ACC)
+            n_r = tl.zeros((BLOCK_V,), ACC)
+            for start in range(0, V, BLOCK_V):
+                o_v = start + tl.arange(0, BLOCK_V)
+                m_v = o_v < V
+                p_v = p_row + o_v.to(tl.int64) * input_strides[2]
+                z = softcap(tl.load(p_v, mask=m_v, other=float("-inf")).to(ACC), CAP)
+                z = tl.where(m_v, z, float("-inf"))
+                m_f, s_f = _merge(m_f, s_f, z)
+                if SMOOTH:
+                    if weight_ptr is None:
+                        w = tl.full((BLOCK_V,), 1.0, ACC)
+                    else:
+                        w = tl.load(weight_ptr + o_v, mask=m_v, other=0.0)
+                    sum_w += tl.where(m_v, w, 0.0)
+                    sum_wz += tl.where(m_v, w * z, 0.0)
+                if IS_REVERSE:
+                    gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1)
+                    kept = m_v & ((gone == 0) | (o_v == y))
+                    m_r, s_r = _merge(m_r, s_r, tl.where(kept, z, float("-inf")))
+                    if SMOOTH:
+                        n_r += kept.to(ACC)
+                        sum_wr += tl.where(kept, w, 0.0)
+                        sum_wzr += tl.where(kept, w * z, 0.0)
+            if wants_full:
+                lse_f = _finish(m_f, s_f)
+                part, a, s, d = _part(lse_f, z_y, w_y, V, tl.sum(sum_w, 0), tl.sum(sum_wz, 0), smoothing, z_loss)
+                loss += of_full * part
+                if NEED_GRAD:
+                    tl.store(stats_ptr + LSE_F * N + i_n, lse_f)
+                    tl.store(stats_ptr + A_F * N + i_n, scale * of_full * a)
+                    tl.store(stats_ptr + S_F * N + i_n, scale * of_full * s)
+                    tl.store(stats_ptr + D_F * N + i_n, scale * of_full * d)
+            if IS_REVERSE:
+                if wants_rest:
+                    lse_r = _finish(m_r, s_r)
+                    n = tl.maximum(tl.sum(n_r, 0), 1.0)
+                    part, a, s, d = _part(lse_r, z_y, w_y, n, tl.sum(sum_wr, 0), tl.sum(sum_wzr, 0), smoothing, z_loss)
+                    loss += of_rest * part
+                    if NEED_GRAD:
+                        tl.store(stats_ptr + LSE_S * N + i_n, lse_r)
+                        tl.store(stats_ptr + A_S * N + i_n, scale * of_rest * a)
+                        tl.store(stats_ptr + S_S * N + i_n, scale * of_rest * s)
+                        tl.store(stats_ptr + D_S * N + i_n, scale * of_rest * d)
+        if NEED_GRAD:  # what no branch wrote
+            if not wants_full:
+                for j in tl.static_range(LSE_F, D_F + 1):
+                    tl.store(stats_ptr + j * N + i_n, 0.0)
+            if not (wants_rest & IS_REVERSE):
+                for j in tl.static_range(LSE_S, D_S + 1):
+                    tl.store(stats_ptr + j * N + i_n, 0.0)
+
+    # The set part: the target, then the ids that are neither pads nor repeats nor the target.
+    if IS_SET:
+        C = K + 1
+        limit = tl.where(wants_rest, K, 0)  # a row without a set part has no ids
+        p_ids = ids_ptr + i_b * ids_strides[0] + i_t * ids_strides[1]
+        m_s = tl.full((BLOCK_K,), float("-inf"), ACC)
+        s_s = tl.zeros((BLOCK_K,), ACC)
+        n = tl.full((), 1.0, ACC)
+        sum_w = w_y
+        sum_wz = w_y * z_y
+        for start in range(0, K, BLOCK_K):
+            ids, m_k = _load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
+            bad = m_k & ((ids < 0) | (ids >= V))
+            scale = tl.where(tl.sum(bad.to(tl.int32), 0) > 0, float("nan"), scale).to(ACC)
+            m_k &= (ids >= 0) & (ids < V)
+            z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
+            m_s, s_s = _merge(m_s, s_s, tl.where(m_k, z, float("-inf")))
+            n += tl.sum(m_k.to(ACC), 0)
+            if SMOOTH:
+                if weight_ptr is None:
+                    w = tl.full((BLOCK_K,), 1.0, ACC)
+                else:
+                    w = tl.load(weight_ptr + ids, mask=m_k, other=0.0)
+                sum_w += tl.sum(tl.where(m_k, w, 0.0), 0)
+                sum_wz += tl.sum(tl.where(m_k, w * z, 0.0), 0)
+        top = tl.maximum(tl.max(m_s, 0), z_y)
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        lse = top + tl.log(tl.sum(s_s * tl.exp(m_s - shift), 0) + tl.exp(z_y - shift))
+        part, a, s, d = _part(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss)
+        loss += tl.where(wants_rest, of_rest * part, 0.0)
+        if NEED_GRAD:
+            factor = tl.where(wants_rest, scale * of_rest, 0.0)
+            if CAP > 0:
+                chain_y = 1 - (z_y / CAP) * (z_y / CAP)
+            else:
+                chain_y = 1.0
+            dz_y = (a * tl.exp(z_y - lse) - s * w_y - d) * chain_y
+            tl.store(cols_ptr + i_n * C, tl.where(wants_rest, y, -1).to(tl.int32))
+            tl.store(dset_ptr + i_n * C, tl.where(wants_rest, factor * dz_y, 0.0))
+            for start in range(0, K, BLOCK_K):
+                o_k = start + tl.arange(0, BLOCK_K)
+                ids, m_k = _load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
+                m_k &= (ids >= 0) & (ids < V)
+                z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
+                dz = a * tl.exp(z - lse)
+                if SMOOTH:
+                    if weight_ptr is None:
+                        dz -= s
+                    else:
+                        dz -= s * tl.load(weight_ptr + ids, mask=m_k, other=0.0)
+                if CAP > 0:
+                    dz *= 1 - (z / CAP) * (z / CAP)
+                tl.store(cols_ptr + i_n * C + 1 + o_k, tl.where(m_k, ids, -1).to(tl.int32), mask=o_k < K)
+                tl.store(dset_ptr + i_n * C + 1 + o_k, tl.where(m_k, factor * dz, 0.0), mask=o_k < K)
+
+    tl.store(loss_ptr + i_n, tl.where(valid, scale * loss, 0.0))
+    if denom_ptr is not None:
+        tl.store(denom_ptr + i_n, tl.where(valid, w_y, 0.0))
+
+
+@triton.jit
+def _subset_cross_entropy_reduce_kernel(
+    loss_ptr, denom_ptr, out_ptr, inv_denom_ptr, N, IS_MEAN: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """The sum or mean over tokens, and 1 / the denominator; one program, so the order is fixed."""
+    o_n = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), loss_ptr.dtype.element_ty)
+    denom = tl.zeros((BLOCK_N,), loss_ptr.dtype.element_ty)
+    for start in range(0, N, BLOCK_N):
+        m_n = start + o_n < N
+        total += tl.load(loss_ptr + start + o_n, mask=m_n, other=0.0)
+        if IS_MEAN:
+            denom += tl.load(denom_ptr + start + o_n, mask=m_n, other=0.0)
+    total = tl.sum(total, 0)
+    if IS_MEAN:
+        denom = tl.sum(denom, 0)
+        some = denom != 0
+        inv_denom = tl.where(some, 1 / tl.where(some, denom, 1.0), 0.0)
+        tl.store(out_ptr, tl.where(some, total * inv_denom, 0.0))
+        tl.store(inv_denom_ptr, inv_denom)
+    else:
+        tl.store(out_ptr, total)
+        tl.store(inv_denom_ptr, 1.0)
+
+
+@triton.jit
+def _dense_gradient(
+    z, o_v, y, gone, weight_ptr, V,
+    lse_f, a_f, s_f, d_f, lse_r, a_r, s_r, d_r,
+    CAP: tl.constexpr, IS_REVERSE: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The dense parts' d loss / d x at columns o_v whose capped logits are z."""
+    is_y = o_v == y
+    dz = tl.where(a_f != 0, a_f * tl.exp(z - lse_f), 0.0) - tl.where(is_y, d_f, 0.0)
+    if SMOOTH:
+        if weight_ptr is None:
+            w = 1.0
+        else:
+            w = tl.load(weight_ptr + o_v, mask=(o_v >= 0) & (o_v < V), other=0.0)
+        dz -= s_f * w
+    if IS_REVERSE:
+        kept = (gone == 0) | is_y
+        rest = tl.where(a_r != 0, a_r * tl.exp(z - lse_r), 0.0) - tl.where(is_y, d_r, 0.0)
+        if SMOOTH:
+            rest -= s_r * w
+        dz += tl.where(kept, rest, 0.0)
+    if CAP > 0:
+        dz *= 1 - (z / CAP) * (z / CAP)
+    return dz
+
+
+@triton.jit
+def _store_zeros(p_dx, m_v, before, V, BLOCK_V: tl.constexpr):
+    zeros = tl.zeros((BLOCK_V,), p_dx.dtype.element_ty)
+    if (before >= 0) & (before + BLOCK_V <= V):  # no mask, so 16 bytes a store
+        tl.store(p_dx + tl.arange(0, BLOCK_V), zeros)
+    else:
+        tl.store(p_dx + tl.arange(0, BLOCK_V), zeros, mask=m_v)
+
+
+@triton.jit
+def _subset_cross_entropy_bwd_kernel(
+    grad_out_ptr, inv_denom_ptr, input_ptr, target_ptr, excluded_ptr, weight_ptr, stats_ptr, cols_ptr, dset_ptr, dinput_ptr,
+    input_strides, target_strides, grad_out_strides,
+    N, T, V, C, NUM_BLOCKS,
+    CAP: tl.constexpr, IS_SET: tl.constexpr, IS_REVERSE: tl.constexpr, IS_DENSE: tl.constexpr, SMOOTH: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    i_n = tl.program_id(0).to(tl.int64) // NUM_BLOCKS
+    i_v = tl.program_id(0) % NUM_BLOCKS
+    i_b, i_t = i_n // T, i_n % T
+    # Blocks start at multiples of ALIGN elements of the whole gradient, not of the row, so that 16-byte stores are aligned
+    # for any V; the block's columns may begin a little before 0.
+    begin = i_n * V
+    base = begin // ALIGN * ALIGN + i_v * BLOCK_V
+    p_dx = dinput_ptr + base
+    before = base - begin  # the first column of this block
+    o_v = before + tl.arange(0, BLOCK_V)
+    m_v = (o_v >= 0) & (o_v < V)
+
+    if PER_TOKEN:
+        g = tl.load(grad_out_ptr + i_b * grad_out_strides[0] + i_t * grad_out_strides[1])
+    else:
+        g = tl.load(grad_out_ptr)
+    g *= tl.load(inv_denom_ptr)
+
+    if IS_DENSE:
+        lse_f, a_f = tl.load(stats_ptr + LSE_F * N + i_n), tl.load(stats_ptr + A_F * N + i_n)
+        s_f, d_f = tl.load(stats_ptr + S_F * N + i_n), tl.load(stats_ptr + D_F * N + i_n)
+        lse_r, a_r = tl.load(stats_ptr + LSE_S * N + i_n), tl.load(stats_ptr + A_S * N + i_n)
+        s_r, d_r = tl.load(stats_ptr + S_S * N + i_n), tl.load(stats_ptr + D_S * N + i_n)
+        y = tl.load(target_ptr + i_b * target_strides[0] + i_t * target_strides[1])
+        p_row = input_ptr + i_b * input_strides[0] + i_t * input_strides[1]
+        dense = (a_f != 0) | (d_f != 0) | (a_r != 0) | (d_r != 0)
+        if dense:
+            p_v = p_row + o_v * input_strides[2]
+            z = softcap(tl.load(p_v, mask=m_v, other=0.0).to(ACC), CAP)
+            gone = o_v * 0
+            if IS_REVERSE:
+                gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1).to(tl.int64)
+            dz = _dense_gradient(
+                z, o_v, y, gone, weight_ptr, V, lse_f, a_f, s_f, d_f, lse_r, a_r, s_r, d_r, CAP, IS_REVERSE, SMOOTH
+            )
+            tl.store(p_dx + tl.arange(0, BLOCK_V), (g * dz).to(dinput_ptr.dtype.element_ty), mask=m_v)
+        else:
+            _store_zeros(p_dx, m_v, before, V, BLOCK_V)
+    else:
+        _store_zeros(p_dx, m_v, before, V, BLOCK_V)
+
+    if IS_SET:
+        tl.debug_barrier()  # the block is written before its candidates are written over it
+        for start in range(0, C, BLOCK_C):
+            o_c = start + tl.arange(0, BLOCK_C)
+            cols = tl.load(cols_ptr + i_n * C + o_c, mask=o_c < C, other=-1).to(tl.int64)
+            m_c = (cols >= 0) & (cols >= before) & (cols < before + BLOCK_V)
+            dx = tl.load(dset_ptr + i_n * C + o_c, mask=m_c, other=0.0)
+            if IS_DENSE:
+                if dense:
+                    z = softcap(tl.load(p_row + cols * input_strides[2], mask=m_c, other=0.0).to(ACC), CAP)
+                    dx += _dense_gradient(
+                        z,
+                        cols,
+                        y,
+                        cols * 0,
+                        weight_ptr,
+                        V,
+                        lse_f,
+                        a_f,
+                        s_f,
+                        d_f,
+                        lse_r,
+                        a_r,
+                        s_r,
+                        d_r,
+                        CAP,
+                        False,
+                        SMOOTH,
+                    )
+            tl.store(p_dx + (cols - before), (g * dx).to(dinput_ptr.dtype.element_ty), mask=m_c)
+
+
+# Launchers -------------------------------------------------------------------------------------------------------------
+
+
+def _drop_repeats(ids: torch.Tensor, pad: int) -> torch.Tensor:
+    """`ids` [..., K] with every repeat replaced by `pad`: the same ids, sorted, without a data-dependent shape."""
+    ids = ids.sort(dim=-1).values
+    repeats = torch.zeros_like(ids, dtype=torch.bool)
+    repeats[..., 1:] = ids[..., 1:] == ids[..., :-1]
+    return ids.masked_fill(repeats, pad)
+
+
+def _excluded(ids: torch.Tensor, pad: int, V: int) -> torch.Tensor:
+    """[B, V] uint8: 1 for the ids [B, 1, K] of each caption. One byte a word beside the T * itemsize of its logits."""
+    marks = torch.zeros(ids.shape[0], V + 1, dtype=torch.uint8, device=ids.device)
+    wrong = (ids < 0) | (ids >= V)  # pads; and ids out of range, which their own token's loss reports
+    marks.scatter_(1, ids.squeeze(1).masked_fill(wrong.squeeze(1), V), 1)
+    return marks[:, :V].contiguous()
+
+
+def plan_subset_cross_entropy_fwd(
+    input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options
+) -> list[Launch]:
+    """The launches of the forward. Scratch is made here; nothing is launched."""
+    B, T, V = input.shape
+    N, K = B * T, ids.shape[2] if ids is not None else 0
+    is_set, is_reverse = options.kind == "set", options.kind == "reverse"
+    unique = is_set and K > MAX_PAIRED_IDS
+    if unique:
+        # sort what is there, not its broadcast to every token or caption
+        kept = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in ids.stride()[:2])
+        ids = _drop_repeats(ids[kept], options.ids_pad).expand(B, T, K)
+    excluded = _excluded(ids, options.ids_pad, V) if is_reverse else None
+    reduce = options.reduction != "none"
+    loss = out.new_empty(N) if reduce else out
+    denom = out.new_empty(N) if options.reduction == "mean" else None
+    need_grad = stats.numel() > 0 or cols.numel() > 0
+    double = input.dtype == torch.float64
+    forward = Launch(
+        _subset_cross_entropy_fwd_kernel,
+        (N,),
+        {
+            "input_ptr": input, "target_ptr": target, "ids_ptr": ids if is_set else None, "excluded_ptr": excluded,
+            "weight_ptr": weight, "token_weight_ptr": token_weight, "loss_ptr": loss, "denom_ptr": denom,
+            "stats_ptr": stats, "cols_ptr": cols, "dset_ptr": dset,
+            "input_strides": tuple(input.stride()), "target_strides": tuple(target.stride()),
+            "ids_strides": tuple(ids.stride()) if is_set else (0, 0, 0),
+            "token_weight_strides": tuple(token_weight.stride()) if token_weight is not None else (0, 0),
+            "N": N, "T": T, "V": V, "K": K,
+            "smoothing": options.label_smoothing, "z_loss": options.z_loss, "mle_weight": options.mle_weight,
+            "IGNORE_INDEX": options.ignore_index, "IDS_PAD": options.ids_pad, "CAP": options.logit_softcap,
+            "IS_SET": is_set, "IS_REVERSE": is_reverse, "IS_FULL": options.kind == "full",
+            "FIRST_FULL": options.first_full, "HAS_MLE": options.mle_weight > 0, "SMOOTH": options.label_smoothing > 0,
+            "UNIQUE": unique, "NEED_GRAD": need_grad, "ACC": tl.float64 if double else tl.float32,
+            "BLOCK_V": min(2048, triton.next_power_of_2(V)),
+            "BLOCK_K": max(16, min(MAX_PAIRED_IDS, triton.next_power_of_2(max(K, 1)))),
+            "BLOCK_T": max(16, min(1024, triton.next_power_of_2(T))),
+        },
+        num_warps=8 if options.is_dense else 2,
+    )  # fmt: skip
+    if not reduce:
+        inv_denom.fill_(1.0)
+        return [forward]
+    return [
+        forward,
+        Launch(
+            _subset_cross_entropy_reduce_kernel,
+            (1,),
+            {
+                "loss_ptr": loss, "denom_ptr": denom, "out_ptr": out, "inv_denom_ptr": inv_denom, "N": N,
+                "IS_MEAN": options.reduction == "mean", "BLOCK_N": min(2048, triton.next_power_of_2(N)),
+            },
+            num_warps=8,
+        ),
+    ]  # fmt: skip
+
+
+def plan_subset_cross_entropy_bwd(
+    grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput, options
+) -> list[Launch]:
+    """The one launch of the backward."""
+    B, T, V = dinput.shape
+    N, C = B * T, cols.shape[2] if cols.dim() == 3 else 0
+    is_set, is_reverse, is_dense = options.kind == "set", options.kind == "reverse", options.is_dense
+    align = 16 // dinput.element_size()
+    block_v = min(4096, triton.next_power_of_2(V + align))
+    num_blocks = triton.cdiv(V + align - 1, block_v)
+    per_token = options.reduction == "none"
+    return [
+        Launch(
+            _subset_cross_entropy_bwd_kernel,
+            (N * num_blocks,),
+            {
+                "grad_out_ptr": grad_out, "inv_denom_ptr": inv_denom, "input_ptr": input if is_dense else None,
+                "target_ptr": target if is_dense else None,
+                "excluded_ptr": _excluded(ids, options.ids_pad, V) if is_reverse else None,
+                "weight_ptr": weight, "stats_ptr": stats, "cols_ptr": cols, "dset_ptr": dset, "dinput_ptr": dinput,
+                "input_strides": tuple(input.stride()) if is_dense else (0, 0, 0),
+                "target_strides": tuple(target.stride()),
+                "grad_out_strides": tuple(grad_out.stride()) if per_token else (0, 0),
+                "N": N, "T": T, "V": V, "C": C, "NUM_BLOCKS": num_blocks,
+                "CAP": options.logit_softcap, "IS_SET": is_set, "IS_REVERSE": is_reverse, "IS_DENSE": is_dense,
+                "SMOOTH": options.label_smoothing > 0, "PER_TOKEN": per_token, "ALIGN": align,
+                "ACC": tl.float64 if dinput.dtype == torch.float64 else tl.float32,
+                "BLOCK_V": block_v, "BLOCK_C": max(16, min(128, triton.next_power_of_2(max(C, 1)))),
+            },
+            num_warps=8 if is_dense else 4,
+        )
+    ]  # fmt: skip
+
+
+def subset_cross_entropy_fwd(input, target, *rest) -> None:
+    """Writes the outputs of torch.ops.fastcap.subset_cross_entropy_fwd."""
+    *_, out, inv_denom, _, _, _, _ = rest
+    if target.numel() == 0:
+        out.zero_()
+        inv_denom.zero_()
+        return
+    _run(plan_subset_cross_entropy_fwd(input, target, *rest), input)
+
+
+def subset_cross_entropy_bwd(grad_out, *rest) -> None:
+    """Writes dinput, the output of torch.ops.fastcap.subset_cross_entropy_bwd."""
+    dinput = rest[-2]
+    if dinput.numel() > 0:
+        _run(plan_subset_cross_entropy_bwd(grad_out, *rest), dinput)
+
+
+def _run(launches: list[Launch], on: torch.Tensor) -> None:
+    if on.is_cuda:
+        with torch.cuda.device(on.device):
+            for launch in launches:
+                launch.run()
+    else:
+        for launch in launches:
+            launch.run()

@@ -1,0 +1,124 @@
+"""Builds fastcap._C: C++ always, CUDA where nvcc is found. Neither needs torch, and neither is needed: where the compiler
+is missing the package installs without it, and `fastcap doctor` says what that costs.
+
+FASTCAP_CUDA   auto (default), 1 (fail without nvcc) or 0 (leave the CUDA kernels out)
+FASTCAP_ARCHS  compute capabilities, default "80;90;100"; the last one's PTX is kept for later GPUs
+FASTCAP_EXTENSION=0  build no extension at all
+"""
+
+import concurrent.futures
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
+CSRC = Path("csrc")
+
+
+def pybind11_include() -> str:
+    """pybind11's headers: the package's own, else the copy that every torch carries (a machine without network)."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        if torch is None or torch.origin is None:
+            raise
+        return str(Path(torch.origin).parent / "include")
+
+
+def find_nvcc() -> "str | None":
+    wanted = os.environ.get("FASTCAP_CUDA", "auto")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None and wanted == "1":
+        raise SystemExit(
+            "fastcap.setup: FASTCAP_CUDA must be 0 or auto without nvcc, got '1'; install the CUDA toolkit"
+        )
+    return nvcc
+
+
+class BuildExt(build_ext):
+    """setuptools' build_ext, with .cu files compiled by nvcc and all files compiled side by side."""
+
+    def build_extension(self, ext):
+        sources = [s for s in ext.sources if s.endswith(".cpp")]
+        cuda_sources = [s for s in ext.sources if s.endswith(".cu")]
+        nvcc = find_nvcc() if cuda_sources else None
+        if self.compiler.compiler_type == "msvc":
+            ext.extra_compile_args = ["/O2", "/std:c++17", "/openmp", "/EHsc"]
+        else:
+            ext.extra_compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+            if sys.platform != "darwin":
+                ext.extra_compile_args.append("-fopenmp")
+                ext.extra_link_args.append("-fopenmp")
+        objects = []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = []
+            if nvcc:
+                archs = os.environ.get("FASTCAP_ARCHS", "80;90;100").split(";")
+                ext.define_macros.append(("FASTCAP_WITH_CUDA", f'"{" ".join("sm_" + a for a in archs)}"'))
+                jobs += [pool.submit(self.compile_cuda, nvcc, s, archs) for s in cuda_sources]
+            jobs += [pool.submit(self.compile_cpp, ext, s) for s in sources]
+            for job in jobs:
+                objects += job.result()
+        ext.sources, ext.extra_objects = [], objects
+        if nvcc:
+            cuda_lib = Path(nvcc).resolve().parent.parent
+            ext.library_dirs += [str(cuda_lib / d) for d in ("lib64", "targets/x86_64-linux/lib", "lib")]
+            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        super().build_extension(ext)
+
+    def compile_cpp(self, ext, source):
+        return self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=ext.extra_compile_args,
+            depends=ext.depends,
+        )
+
+    def compile_cuda(self, nvcc, source, archs):
+        output = Path(self.build_temp) / source.replace(".cu", ".cu.o")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        options = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
+        command = [nvcc, *options, *targets, "-c", source, "-o", str(output)]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True)
+        return [str(output)]
+
+    def run(self):
+        try:
+            super().run()
+        except Exception as error:
+            if os.environ.get("FASTCAP_CUDA") == "1" or os.environ.get("FASTCAP_EXTENSION") == "1":
+                raise
+            # A missing or too old compiler must not stop the installation: the reference needs none.
+            print(f"fastcap: built without fastcap._C, its kernels for the CPU: {error}", file=sys.stderr)
+            self.extensions = []
+
+
+def extensions():
+    if os.environ.get("FASTCAP_EXTENSION") == "0":
+        return []
+    os.chdir(HERE)
+    sources = sorted(str(p) for p in CSRC.rglob("*.cpp"))
+    if find_nvcc():
+        sources += sorted(str(p) for p in CSRC.rglob("*.cu"))
+    depends = sorted(str(p) for p in CSRC.rglob("*.h")) + sorted(str(p) for p in CSRC.rglob("*.cuh"))
+    return [Extension("fastcap._C", sources, include_dirs=[pybind11_include()], depends=depends, language="c++")]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt})
