@@ -9,6 +9,7 @@ FASTCAP_EXTENSION=0  build no extension at all
 import concurrent.futures
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def find_nvcc() -> "str | None":
     return nvcc
 
 
+def cuda_library_dirs(nvcc: str) -> "list[str]":
+    """Where nvcc itself links from: it may be a wrapper far from its toolkit."""
+    shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return re.findall(r'"-L([^"]+)"', "".join(line for line in shown.splitlines() if "LIBRARIES" in line))
+
+
 class BuildExt(build_ext):
     """setuptools' build_ext, with .cu files compiled by nvcc and all files compiled side by side."""
 
@@ -57,7 +64,7 @@ class BuildExt(build_ext):
         if self.compiler.compiler_type == "msvc":
             ext.extra_compile_args = ["/O2", "/std:c++17", "/openmp", "/EHsc"]
         else:
-            ext.extra_compile_args = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+            ext.extra_compile_args = ["-O3", "-std=c++17", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
             if sys.platform != "darwin":
                 ext.extra_compile_args.append("-fopenmp")
                 ext.extra_link_args.append("-fopenmp")
@@ -73,8 +80,7 @@ class BuildExt(build_ext):
                 objects += job.result()
         ext.sources, ext.extra_objects = [], objects
         if nvcc:
-            cuda_lib = Path(nvcc).resolve().parent.parent
-            ext.library_dirs += [str(cuda_lib / d) for d in ("lib64", "targets/x86_64-linux/lib", "lib")]
+            ext.library_dirs += cuda_library_dirs(nvcc)
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extension(ext)
 
@@ -100,13 +106,22 @@ class BuildExt(build_ext):
         return [str(output)]
 
     def run(self):
+        wanted = os.environ.get("FASTCAP_CUDA") == "1", os.environ.get("FASTCAP_EXTENSION") == "1"
         try:
             super().run()
+            return
         except Exception as error:
-            if os.environ.get("FASTCAP_CUDA") == "1" or os.environ.get("FASTCAP_EXTENSION") == "1":
+            if any(wanted):
                 raise
-            # A missing or too old compiler must not stop the installation: the reference needs none.
-            print(f"fastcap: built without fastcap._C, its kernels for the CPU: {error}", file=sys.stderr)
+            print(f"fastcap: building fastcap._C failed: {error}", file=sys.stderr)
+        # Neither a missing or too old compiler nor a broken nvcc must stop the installation: the reference needs neither.
+        os.environ["FASTCAP_CUDA"] = "0"
+        self.extensions = extensions()
+        try:
+            super().run()
+            print("fastcap: built fastcap._C without CUDA", file=sys.stderr)
+        except Exception as error:
+            print(f"fastcap: installing without fastcap._C, the CPU kernels: {error}", file=sys.stderr)
             self.extensions = []
 
 

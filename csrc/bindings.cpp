@@ -45,13 +45,12 @@ void subset_cross_entropy_fwd_cuda(Tensor input, Tensor target, Tensor ids, Tens
       reinterpret_cast<void*>(stream));
 }
 
-void subset_cross_entropy_bwd_cuda(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor weight,
-                                   Tensor stats, Tensor cols, Tensor dset, Tensor dinput, Tensor excluded,
+void subset_cross_entropy_bwd_cuda(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids,
+                                   Tensor weight, Tensor stats, Tensor cols, Tensor dset, Tensor dinput, Tensor excluded,
                                    const Options& options, uintptr_t stream) {
   py::gil_scoped_release release;
-  fastcap::subset_cross_entropy_bwd_cuda(
-      {grad_out, inv_denom, input, target, Tensor{}, weight, stats, cols, dset, dinput}, excluded, options,
-      reinterpret_cast<void*>(stream));
+  fastcap::subset_cross_entropy_bwd_cuda({grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput},
+                                         excluded, options, reinterpret_cast<void*>(stream));
 }
 #endif
 

@@ -14,8 +14,7 @@ class BackendUnavailable(FastcapError, RuntimeError):
 def bad(op: str, argument: str, rule: str, got: object, remedy: str) -> FastcapError:
     """The error to raise when `argument` of `op` breaks `rule`.
 
-    >>> raise bad("subset_cross_entropy", "reduction", "be 'none', 'mean' or 'sum'", "avg", "pass reduction='mean'")
-    Traceback (most recent call last):
-    fastcap.errors.FastcapError: fastcap.subset_cross_entropy: reduction must be 'none', 'mean' or 'sum', got 'avg'; pass reduction='mean'
+    >>> print(bad("train", "batch_size", "be positive", 0, "pass --batch-size 64"))
+    fastcap.train: batch_size must be positive, got 0; pass --batch-size 64
     """
     return FastcapError(f"fastcap.{op}: {argument} must {rule}, got {got!r}; {remedy}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,13 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
+def run(launches: list[Launch], on: torch.Tensor) -> None:
+    """Runs the launches in order on the device of `on`, in torch's current stream."""
+    with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
+        for launch in launches:
+            launch.run()
+
+
 def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
     """The object that `launch` would run on a GPU of that kind, compiled without one.
 
@@ -44,11 +52,7 @@ def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
     signature, constants, divisible = {}, {}, []
     for index, param in enumerate(launch.kernel.params):
         value = launch.args[param.name]
-        if (
-            param.is_constexpr
-            or value is None
-            or (isinstance(value, int) and not isinstance(value, bool) and value == 1)
-        ):
+        if param.is_constexpr or value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
             signature[param.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):

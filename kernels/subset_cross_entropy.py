@@ -14,14 +14,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastcap.kernels._common import Launch, softcap
+from fastcap.kernels._common import Launch, run, softcap
+from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, without_repeats
 
 # enum Stat in the C++ header
 LSE_F, A_F, S_F, D_F, LSE_S, A_S, S_S, D_S = (tl.constexpr(i) for i in range(8))
 NUM_STATS = 8
-
-# Repeats are masked by comparing all pairs of up to this many ids; more are sorted first (`_drop_repeats`).
-MAX_PAIRED_IDS = 64
 
 
 @triton.jit
@@ -377,77 +375,40 @@ def _subset_cross_entropy_bwd_kernel(
 # Launchers -------------------------------------------------------------------------------------------------------------
 
 
-def _drop_repeats(ids: torch.Tensor, pad: int) -> torch.Tensor:
-    """`ids` [..., K] with every repeat replaced by `pad`: the same ids, sorted, without a data-dependent shape."""
-    ids = ids.sort(dim=-1).values
-    repeats = torch.zeros_like(ids, dtype=torch.bool)
-    repeats[..., 1:] = ids[..., 1:] == ids[..., :-1]
-    return ids.masked_fill(repeats, pad)
-
-
-def _excluded(ids: torch.Tensor, pad: int, V: int) -> torch.Tensor:
-    """[B, V] uint8: 1 for the ids [B, 1, K] of each caption. One byte a word beside the T * itemsize of its logits."""
-    marks = torch.zeros(ids.shape[0], V + 1, dtype=torch.uint8, device=ids.device)
-    wrong = (ids < 0) | (ids >= V)  # pads; and ids out of range, which their own token's loss reports
-    marks.scatter_(1, ids.squeeze(1).masked_fill(wrong.squeeze(1), V), 1)
-    return marks[:, :V].contiguous()
-
-
+# fmt: off
 def plan_subset_cross_entropy_fwd(
     input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options
 ) -> list[Launch]:
     """The launches of the forward. Scratch is made here; nothing is launched."""
     B, T, V = input.shape
     N, K = B * T, ids.shape[2] if ids is not None else 0
-    is_set, is_reverse = options.kind == "set", options.kind == "reverse"
-    unique = is_set and K > MAX_PAIRED_IDS
-    if unique:
-        # sort what is there, not its broadcast to every token or caption
-        kept = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in ids.stride()[:2])
-        ids = _drop_repeats(ids[kept], options.ids_pad).expand(B, T, K)
-    excluded = _excluded(ids, options.ids_pad, V) if is_reverse else None
+    is_set, is_reverse, is_mean = options.kind == "set", options.kind == "reverse", options.reduction == "mean"
+    ids = without_repeats(ids, options.ids_pad) if is_set else ids
     reduce = options.reduction != "none"
     loss = out.new_empty(N) if reduce else out
-    denom = out.new_empty(N) if options.reduction == "mean" else None
-    need_grad = stats.numel() > 0 or cols.numel() > 0
-    double = input.dtype == torch.float64
-    forward = Launch(
-        _subset_cross_entropy_fwd_kernel,
-        (N,),
-        {
-            "input_ptr": input, "target_ptr": target, "ids_ptr": ids if is_set else None, "excluded_ptr": excluded,
-            "weight_ptr": weight, "token_weight_ptr": token_weight, "loss_ptr": loss, "denom_ptr": denom,
-            "stats_ptr": stats, "cols_ptr": cols, "dset_ptr": dset,
-            "input_strides": tuple(input.stride()), "target_strides": tuple(target.stride()),
-            "ids_strides": tuple(ids.stride()) if is_set else (0, 0, 0),
-            "token_weight_strides": tuple(token_weight.stride()) if token_weight is not None else (0, 0),
-            "N": N, "T": T, "V": V, "K": K,
-            "smoothing": options.label_smoothing, "z_loss": options.z_loss, "mle_weight": options.mle_weight,
-            "IGNORE_INDEX": options.ignore_index, "IDS_PAD": options.ids_pad, "CAP": options.logit_softcap,
-            "IS_SET": is_set, "IS_REVERSE": is_reverse, "IS_FULL": options.kind == "full",
-            "FIRST_FULL": options.first_full, "HAS_MLE": options.mle_weight > 0, "SMOOTH": options.label_smoothing > 0,
-            "UNIQUE": unique, "NEED_GRAD": need_grad, "ACC": tl.float64 if double else tl.float32,
-            "BLOCK_V": min(2048, triton.next_power_of_2(V)),
-            "BLOCK_K": max(16, min(MAX_PAIRED_IDS, triton.next_power_of_2(max(K, 1)))),
-            "BLOCK_T": max(16, min(1024, triton.next_power_of_2(T))),
-        },
-        num_warps=8 if options.is_dense else 2,
-    )  # fmt: skip
+    denom = out.new_empty(N) if is_mean else None
+    forward = Launch(_subset_cross_entropy_fwd_kernel, (N,), dict(
+        input_ptr=input, target_ptr=target, ids_ptr=ids if is_set else None,
+        excluded_ptr=excluded_marks(ids, options.ids_pad, V) if is_reverse else None,
+        weight_ptr=weight, token_weight_ptr=token_weight,
+        loss_ptr=loss, denom_ptr=denom, stats_ptr=stats, cols_ptr=cols, dset_ptr=dset,
+        input_strides=input.stride(), target_strides=target.stride(), ids_strides=ids.stride() if is_set else (0, 0, 0),
+        token_weight_strides=token_weight.stride() if token_weight is not None else (0, 0),
+        N=N, T=T, V=V, K=K,
+        smoothing=options.label_smoothing, z_loss=options.z_loss, mle_weight=options.mle_weight,
+        IGNORE_INDEX=options.ignore_index, IDS_PAD=options.ids_pad, CAP=options.logit_softcap,
+        IS_SET=is_set, IS_REVERSE=is_reverse, IS_FULL=options.kind == "full", FIRST_FULL=options.first_full,
+        HAS_MLE=options.mle_weight > 0, SMOOTH=options.label_smoothing > 0, UNIQUE=K > MAX_PAIRED_IDS,
+        NEED_GRAD=stats.numel() > 0 or cols.numel() > 0, ACC=_acc(input),
+        BLOCK_V=min(2048, triton.next_power_of_2(V)), BLOCK_K=_block(K, MAX_PAIRED_IDS), BLOCK_T=_block(T, 1024),
+    ), num_warps=8 if options.is_dense else 2)
     if not reduce:
         inv_denom.fill_(1.0)
         return [forward]
-    return [
-        forward,
-        Launch(
-            _subset_cross_entropy_reduce_kernel,
-            (1,),
-            {
-                "loss_ptr": loss, "denom_ptr": denom, "out_ptr": out, "inv_denom_ptr": inv_denom, "N": N,
-                "IS_MEAN": options.reduction == "mean", "BLOCK_N": min(2048, triton.next_power_of_2(N)),
-            },
-            num_warps=8,
-        ),
-    ]  # fmt: skip
+    return [forward, Launch(_subset_cross_entropy_reduce_kernel, (1,), dict(
+        loss_ptr=loss, denom_ptr=denom, out_ptr=out, inv_denom_ptr=inv_denom, N=N,
+        IS_MEAN=is_mean, BLOCK_N=_block(N, 2048),
+    ), num_warps=8)]
 
 
 def plan_subset_cross_entropy_bwd(
@@ -456,32 +417,30 @@ def plan_subset_cross_entropy_bwd(
     """The one launch of the backward."""
     B, T, V = dinput.shape
     N, C = B * T, cols.shape[2] if cols.dim() == 3 else 0
-    is_set, is_reverse, is_dense = options.kind == "set", options.kind == "reverse", options.is_dense
+    is_reverse, is_dense, per_token = options.kind == "reverse", options.is_dense, options.reduction == "none"
     align = 16 // dinput.element_size()
-    block_v = min(4096, triton.next_power_of_2(V + align))
+    block_v = _block(V + align, 4096)
     num_blocks = triton.cdiv(V + align - 1, block_v)
-    per_token = options.reduction == "none"
-    return [
-        Launch(
-            _subset_cross_entropy_bwd_kernel,
-            (N * num_blocks,),
-            {
-                "grad_out_ptr": grad_out, "inv_denom_ptr": inv_denom, "input_ptr": input if is_dense else None,
-                "target_ptr": target if is_dense else None,
-                "excluded_ptr": _excluded(ids, options.ids_pad, V) if is_reverse else None,
-                "weight_ptr": weight, "stats_ptr": stats, "cols_ptr": cols, "dset_ptr": dset, "dinput_ptr": dinput,
-                "input_strides": tuple(input.stride()) if is_dense else (0, 0, 0),
-                "target_strides": tuple(target.stride()),
-                "grad_out_strides": tuple(grad_out.stride()) if per_token else (0, 0),
-                "N": N, "T": T, "V": V, "C": C, "NUM_BLOCKS": num_blocks,
-                "CAP": options.logit_softcap, "IS_SET": is_set, "IS_REVERSE": is_reverse, "IS_DENSE": is_dense,
-                "SMOOTH": options.label_smoothing > 0, "PER_TOKEN": per_token, "ALIGN": align,
-                "ACC": tl.float64 if dinput.dtype == torch.float64 else tl.float32,
-                "BLOCK_V": block_v, "BLOCK_C": max(16, min(128, triton.next_power_of_2(max(C, 1)))),
-            },
-            num_warps=8 if is_dense else 4,
-        )
-    ]  # fmt: skip
+    return [Launch(_subset_cross_entropy_bwd_kernel, (N * num_blocks,), dict(
+        grad_out_ptr=grad_out, inv_denom_ptr=inv_denom, input_ptr=input if is_dense else None, target_ptr=target,
+        excluded_ptr=excluded_marks(ids, options.ids_pad, V) if is_reverse else None,
+        weight_ptr=weight, stats_ptr=stats, cols_ptr=cols, dset_ptr=dset, dinput_ptr=dinput,
+        input_strides=input.stride() if is_dense else (0, 0, 0), target_strides=target.stride(),
+        grad_out_strides=grad_out.stride() if per_token else (0, 0),
+        N=N, T=T, V=V, C=C, NUM_BLOCKS=num_blocks,
+        CAP=options.logit_softcap, IS_SET=options.kind == "set", IS_REVERSE=is_reverse, IS_DENSE=is_dense,
+        SMOOTH=options.label_smoothing > 0, PER_TOKEN=per_token, ALIGN=align, ACC=_acc(dinput),
+        BLOCK_V=block_v, BLOCK_C=_block(C, 128),
+    ), num_warps=8 if is_dense else 4)]
+# fmt: on
+
+
+def _block(n: int, most: int) -> int:
+    return max(16, min(most, triton.next_power_of_2(max(n, 1))))
+
+
+def _acc(tensor: torch.Tensor) -> tl.dtype:
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def subset_cross_entropy_fwd(input, target, *rest) -> None:
@@ -490,22 +449,12 @@ def subset_cross_entropy_fwd(input, target, *rest) -> None:
     if target.numel() == 0:
         out.zero_()
         inv_denom.zero_()
-        return
-    _run(plan_subset_cross_entropy_fwd(input, target, *rest), input)
+    else:
+        run(plan_subset_cross_entropy_fwd(input, target, *rest), input)
 
 
 def subset_cross_entropy_bwd(grad_out, *rest) -> None:
     """Writes dinput, the output of torch.ops.fastcap.subset_cross_entropy_bwd."""
     dinput = rest[-2]
     if dinput.numel() > 0:
-        _run(plan_subset_cross_entropy_bwd(grad_out, *rest), dinput)
-
-
-def _run(launches: list[Launch], on: torch.Tensor) -> None:
-    if on.is_cuda:
-        with torch.cuda.device(on.device):
-            for launch in launches:
-                launch.run()
-    else:
-        for launch in launches:
-            launch.run()
+        run(plan_subset_cross_entropy_bwd(grad_out, *rest), dinput)

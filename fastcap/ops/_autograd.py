@@ -22,7 +22,7 @@ class _NoDoubleBackward(torch.autograd.Function):
 def once(op: str, gradient: torch.Tensor) -> torch.Tensor:
     """`gradient`, made to raise a clear error if it is differentiated (only under create_graph=True is grad mode on here).
 
-    torch's once_differentiable lets a gradient through, as a constant, when the upstream gradient needs none: silently wrong.
+    torch's once_differentiable lets a gradient through as a constant when the upstream gradient needs none: silently wrong.
     """
     if not torch.is_grad_enabled():
         return gradient

@@ -76,9 +76,7 @@ def _find_status(name: str, interpreted: bool) -> Status:
             False, "fastcap._C was built without CUDA; install the CUDA toolkit (nvcc) and pip install fastcap again"
         )
     if not torch.cuda.is_available():
-        return Status(
-            False, f"torch sees no CUDA GPU (the kernels are built, for {built.cuda}); run on a machine with one"
-        )
+        return Status(False, f"torch sees no CUDA GPU (the kernels are built, for {built.cuda}); run on a machine with one")
     return Status(True, f"fastcap._C for {built.cuda}")
 
 
@@ -99,7 +97,7 @@ def backends() -> dict[str, Status]:
 def backend(name: str) -> Iterator[None]:
     """Run every fastcap operation inside the block with one backend, whatever the device and shape.
 
-    Holds for the whole process (all threads), as torch.backends' flags do; the backward runs with the backend of its forward.
+    Holds for the whole process, as torch.backends' flags do; the backward runs with the backend of its forward.
     The environment variable FASTCAP_BACKEND sets the same for a whole run.
 
     Args:

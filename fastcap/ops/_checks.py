@@ -30,18 +30,14 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]
 
 def check_device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
     if tensor.device != like.device:
-        raise bad(
-            op, name, f"be on the device of input, {like.device}", str(tensor.device), f"call {name}.to(input.device)"
-        )
+        raise bad(op, name, f"be on the device of input, {like.device}", str(tensor.device), f"call {name}.to(input.device)")
 
 
 def check_number(op: str, name: str, value: object, low: float, high: float, remedy: str) -> float:
     """A finite number in [low, high]."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
-        rule = (
-            f"be a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"be a finite number of at least {low:g}"
-        )
+        rule = f"be a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"be a finite number of at least {low:g}"
         raise bad(op, name, rule, value, remedy)
     return float(value)
 

@@ -37,3 +37,36 @@ class CPU:
             grad_out, inv_denom, input, target, ids, weight, _or_none(stats), _or_none(cols), _or_none(dset), dinput,
             _subset_options(options), torch.get_num_threads(),
         )  # fmt: skip
+
+
+class CUDA:
+    @staticmethod
+    def subset_cross_entropy_fwd(input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options):
+        if target.numel() == 0:
+            out.zero_()
+            inv_denom.zero_()
+            return
+        from fastcap.kernels._ids import excluded_marks, without_repeats
+
+        excluded = excluded_marks(ids, options.ids_pad, input.shape[2]) if options.kind == "reverse" else None
+        if options.kind == "set":
+            ids = without_repeats(ids, options.ids_pad)
+        scratch = None if options.reduction == "none" else out.new_empty((2, *target.shape))
+        with torch.cuda.device(input.device):
+            _backend.extension().subset_cross_entropy_fwd_cuda(
+                input, target, ids, weight, token_weight, out, inv_denom, _or_none(stats), _or_none(cols), _or_none(dset),
+                scratch, excluded, _subset_options(options), torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip
+
+    @staticmethod
+    def subset_cross_entropy_bwd(grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput, options):
+        if dinput.numel() == 0:
+            return
+        from fastcap.kernels._ids import excluded_marks
+
+        excluded = excluded_marks(ids, options.ids_pad, dinput.shape[2]) if options.kind == "reverse" else None
+        with torch.cuda.device(dinput.device):
+            _backend.extension().subset_cross_entropy_bwd_cuda(
+                grad_out, inv_denom, input, target, ids, weight, _or_none(stats), _or_none(cols), _or_none(dset), dinput,
+                excluded, _subset_options(options), torch.cuda.current_stream().cuda_stream,
+            )  # fmt: skip

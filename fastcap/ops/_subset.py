@@ -62,7 +62,7 @@ def candidates(
 ) -> tuple[str, Tensor | None, int]:
     """(kind, ids, pad): kind "set" (choose from `ids` and the target), "reverse" (from all but `ids`) or "full".
 
-    ids broadcasts to [B, T, K] by strides of 0; `pad` marks an id that is none. Repeats are left in: kernels count them once.
+    ids broadcasts to [B, T, K] by strides of 0; `pad` marks an id that is none. Repeats stay in: kernels count them once.
     """
     B, T = target.shape
     if isinstance(subset, Tensor):

@@ -1,7 +1,7 @@
 """Softmax cross-entropy over a subset of the vocabulary, from logits: SMILE, ReSMILE, MLE and their mixtures.
 
-The story, top to bottom: what is computed (`reference`, plain torch; `_subset.candidates` says which ids a row chooses from),
-the operators `torch.ops.fastcap.subset_cross_entropy_{fwd,bwd}` with their CPU, CUDA and Meta implementations, the
+The story, top to bottom: what is computed (`reference`, plain torch; `_subset.candidates` says which ids a row chooses
+from), the operators `torch.ops.fastcap.subset_cross_entropy_{fwd,bwd}` with their CPU, CUDA and Meta implementations, the
 autograd.Function, and the public function. The maths and what the operators keep between forward and backward are written
 out in docs/math/subset_cross_entropy.md and csrc/subset_cross_entropy/subset_cross_entropy.h.
 """
@@ -38,9 +38,7 @@ def reference(
     z = input.to(acc)
     if logit_softcap > 0:
         z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z.masked_fill(
-        ~valid.unsqueeze(-1), 0.0
-    )  # an ignored row may hold anything, and must not turn a gradient into NaN
+    z = z.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row may hold anything, and must not turn a gradient into NaN
     w = torch.ones(V, dtype=acc, device=input.device) if weight is None else weight
 
     def part(allowed: Tensor) -> Tensor:
@@ -272,9 +270,7 @@ def subset_cross_entropy(
     _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the logits")
     flat = input.dim() == 2
     if flat:
-        input, target, token_weight = (
-            x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight)
-        )
+        input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
     if input.dim() != 3 or input.shape[2] < 1:
         raise bad(OP, "input", "have shape [B, T, V] or [N, V], V >= 1", list(input.shape), "pass logits, classes last")
     V = input.shape[2]
