@@ -15,8 +15,15 @@ using Options = fastcap::SubsetCrossEntropyOptions;
 Options subset_cross_entropy_options(int subset, bool first_full, double mle_weight, double label_smoothing,
                                      double logit_softcap, double z_loss, int64_t ignore_index, int64_t ids_pad,
                                      int reduction) {
-  return {static_cast<fastcap::Subset>(subset), first_full,   mle_weight, label_smoothing, logit_softcap, z_loss,
-          ignore_index,                         ids_pad,      reduction};
+  return {static_cast<fastcap::Subset>(subset),
+          first_full,
+          mle_weight,
+          label_smoothing,
+          logit_softcap,
+          z_loss,
+          ignore_index,
+          ids_pad,
+          reduction};
 }
 
 void subset_cross_entropy_fwd_cpu(Tensor input, Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor out,
@@ -27,9 +34,9 @@ void subset_cross_entropy_fwd_cpu(Tensor input, Tensor target, Tensor ids, Tenso
       {input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, Tensor{}}, options, threads);
 }
 
-void subset_cross_entropy_bwd_cpu(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids,
-                                  Tensor weight, Tensor stats, Tensor cols, Tensor dset, Tensor dinput,
-                                  const Options& options, int threads) {
+void subset_cross_entropy_bwd_cpu(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids, Tensor weight,
+                                  Tensor stats, Tensor cols, Tensor dset, Tensor dinput, const Options& options,
+                                  int threads) {
   py::gil_scoped_release release;
   fastcap::subset_cross_entropy_bwd_cpu({grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput},
                                         options, threads);
@@ -37,16 +44,16 @@ void subset_cross_entropy_bwd_cpu(Tensor grad_out, Tensor inv_denom, Tensor inpu
 
 #if defined(FASTCAP_WITH_CUDA)
 void subset_cross_entropy_fwd_cuda(Tensor input, Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor out,
-                                   Tensor inv_denom, Tensor stats, Tensor cols, Tensor dset, Tensor scratch,
-                                   Tensor excluded, const Options& options, uintptr_t stream) {
+                                   Tensor inv_denom, Tensor stats, Tensor cols, Tensor dset, Tensor scratch, Tensor excluded,
+                                   const Options& options, uintptr_t stream) {
   py::gil_scoped_release release;
   fastcap::subset_cross_entropy_fwd_cuda(
       {input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, scratch}, excluded, options,
       reinterpret_cast<void*>(stream));
 }
 
-void subset_cross_entropy_bwd_cuda(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids,
-                                   Tensor weight, Tensor stats, Tensor cols, Tensor dset, Tensor dinput, Tensor excluded,
+void subset_cross_entropy_bwd_cuda(Tensor grad_out, Tensor inv_denom, Tensor input, Tensor target, Tensor ids, Tensor weight,
+                                   Tensor stats, Tensor cols, Tensor dset, Tensor dinput, Tensor excluded,
                                    const Options& options, uintptr_t stream) {
   py::gil_scoped_release release;
   fastcap::subset_cross_entropy_bwd_cuda({grad_out, inv_denom, input, target, ids, weight, stats, cols, dset, dinput},

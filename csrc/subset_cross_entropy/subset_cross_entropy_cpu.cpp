@@ -133,7 +133,8 @@ Part<acc_t<T>> dense_part(const Row<T>& row, int64_t V, int64_t y, const std::ve
     if (next != excluded.end() && *next < begin + n) {
       if (z != buffer) std::copy(z, z + n, buffer);
       z = buffer;
-      for (; next != excluded.end() && *next < begin + n; ++next) buffer[*next - begin] = -std::numeric_limits<Acc>::infinity();
+      for (; next != excluded.end() && *next < begin + n; ++next)
+        buffer[*next - begin] = -std::numeric_limits<Acc>::infinity();
     }
     lse.add(z, n);
     if (o.label_smoothing > 0) {
@@ -151,8 +152,9 @@ Part<acc_t<T>> dense_part(const Row<T>& row, int64_t V, int64_t y, const std::ve
     }
   }
   Part<Acc> part;
-  part.finish(lse.value(), row.at(y), weight ? weight[y] : Acc(1), static_cast<double>(V - static_cast<int64_t>(excluded.size())),
-              static_cast<Acc>(sum_w), static_cast<Acc>(sum_wz), o);
+  part.finish(lse.value(), row.at(y), weight ? weight[y] : Acc(1),
+              static_cast<double>(V - static_cast<int64_t>(excluded.size())), static_cast<Acc>(sum_w),
+              static_cast<Acc>(sum_wz), o);
   return part;
 }
 
@@ -170,8 +172,7 @@ void mark_first(const int64_t* ids, int64_t K, int64_t pad, std::vector<uint8_t>
   std::vector<int64_t> order(K);
   for (int64_t k = 0; k < K; ++k) order[k] = k;
   std::stable_sort(order.begin(), order.end(), [ids](int64_t i, int64_t j) { return ids[i] < ids[j]; });
-  for (int64_t k = 0; k < K; ++k)
-    unique[order[k]] = ids[order[k]] != pad && (k == 0 || ids[order[k - 1]] != ids[order[k]]);
+  for (int64_t k = 0; k < K; ++k) unique[order[k]] = ids[order[k]] != pad && (k == 0 || ids[order[k - 1]] != ids[order[k]]);
 }
 
 // The ids of caption b, or of token (b, t) where they differ by token; per thread, refreshed when they change.
@@ -228,7 +229,8 @@ acc_t<T> set_part(const Row<T>& row, int64_t y, const Ids& ids, const acc_t<T>* 
       cols[column] = used ? static_cast<int32_t>(id) : -1;
       dset[column] = 0;
       if (!used) continue;
-      Acc dz = part.a * std::exp(z[i] - part.lse) - part.s * (weight ? weight[id] : Acc(1)) - (column == 0 ? part.d : Acc(0));
+      Acc dz =
+          part.a * std::exp(z[i] - part.lse) - part.s * (weight ? weight[id] : Acc(1)) - (column == 0 ? part.d : Acc(0));
       if (row.cap > 0) dz *= 1 - (z[i] / row.cap) * (z[i] / row.cap);
       dset[column] = scale * dz;
       ++i;

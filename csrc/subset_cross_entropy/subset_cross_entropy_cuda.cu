@@ -36,10 +36,14 @@ struct Params {
 
 template <typename Acc>
 Params<Acc> params_of(const SubsetCrossEntropyOptions& o) {
-  return {static_cast<int>(o.subset),        o.first_full,
-          o.reduction == 0,                  static_cast<Acc>(o.mle_weight),
-          static_cast<Acc>(o.label_smoothing), static_cast<Acc>(o.logit_softcap),
-          static_cast<Acc>(o.z_loss),        o.ignore_index,
+  return {static_cast<int>(o.subset),
+          o.first_full,
+          o.reduction == 0,
+          static_cast<Acc>(o.mle_weight),
+          static_cast<Acc>(o.label_smoothing),
+          static_cast<Acc>(o.logit_softcap),
+          static_cast<Acc>(o.z_loss),
+          o.ignore_index,
           o.ids_pad};
 }
 
@@ -89,7 +93,8 @@ __global__ void forward_kernel(SubsetCrossEntropyForward args, Tensor excluded, 
   const int64_t stride = args.input.strides[2];
   const Acc* weight = static_cast<const Acc*>(args.weight.data);
   Acc* stats = static_cast<Acc*>(args.stats.data);
-  const bool is_set = o.subset == static_cast<int>(Subset::kSet), is_reverse = o.subset == static_cast<int>(Subset::kReverse);
+  const bool is_set = o.subset == static_cast<int>(Subset::kSet),
+             is_reverse = o.subset == static_cast<int>(Subset::kReverse);
 
   const int64_t label = *at<int64_t>(args.target, b, t);
   const bool valid = label != o.ignore_index, in_range = label >= 0 && label < V;
@@ -309,7 +314,7 @@ void forward(const SubsetCrossEntropyForward& args, const Tensor& excluded, cons
   Acc* scratch = static_cast<Acc*>(args.scratch.data);
   if (o.reduction != 0) {
     reduce_kernel<Acc><<<1, kReduceThreads, 0, stream>>>(scratch, N, static_cast<Acc*>(args.out.data),
-                                                        static_cast<Acc*>(args.inv_denom.data), o.reduction == 1);
+                                                         static_cast<Acc*>(args.inv_denom.data), o.reduction == 1);
     check_launch();
   }
 }
@@ -359,18 +364,16 @@ void subset_cross_entropy_fwd_cuda(const SubsetCrossEntropyForward& args, const 
     check_dtype(kOp, "scratch", args.scratch, args.out.dtype);
     check_contiguous(kOp, "scratch", args.scratch);
   }
-  dispatch(args.input.dtype, [&](auto t) {
-    forward<decltype(t)>(args, excluded, options, static_cast<cudaStream_t>(stream));
-  });
+  dispatch(args.input.dtype,
+           [&](auto t) { forward<decltype(t)>(args, excluded, options, static_cast<cudaStream_t>(stream)); });
 }
 
 void subset_cross_entropy_bwd_cuda(const SubsetCrossEntropyBackward& args, const Tensor& excluded,
                                    const SubsetCrossEntropyOptions& options, void* stream) {
   check_subset_cross_entropy(args, options);
   check_excluded(excluded, args.dinput.sizes[0], args.dinput.sizes[2], options);
-  dispatch(args.dinput.dtype, [&](auto t) {
-    backward<decltype(t)>(args, excluded, options, static_cast<cudaStream_t>(stream));
-  });
+  dispatch(args.dinput.dtype,
+           [&](auto t) { backward<decltype(t)>(args, excluded, options, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace fastcap

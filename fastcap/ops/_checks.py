@@ -36,8 +36,8 @@ def check_device(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor) -
 def check_number(op: str, name: str, value: object, low: float, high: float, remedy: str) -> float:
     """A finite number in [low, high]."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        rule = f"be a number in [{low:g}, {high:g}]" if math.isfinite(high) else f"be a finite number of at least {low:g}"
+    if not is_number or not low <= value <= high or value == math.inf:  # NaN fails any comparison
+        rule = f"be a finite number of at least {low:g}" if high == math.inf else f"be a number in [{low:g}, {high:g}]"
         raise bad(op, name, rule, value, remedy)
     return float(value)
 
