@@ -42,9 +42,7 @@ def find_nvcc() -> "str | None":
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if nvcc is None and wanted == "1":
-        raise SystemExit(
-            "fastcap.setup: FASTCAP_CUDA must be 0 or auto without nvcc, got '1'; install the CUDA toolkit"
-        )
+        raise SystemExit("fastcap.setup: FASTCAP_CUDA must be 0 or auto without nvcc, got '1'; install the CUDA toolkit")
     return nvcc
 
 

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=[], help="only these, for example blip gpt2")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--seconds", type=float, help="of timing per comparison")
+    parser.add_argument("--huge-pages", action="store_true", help="CPU: torch asks for 2 MiB pages too, as our kernels do")
     parser.add_argument("--out", default="fastcap-bench", help="folder for JSON and plots")
     parser.add_argument("--save", action="store_true", help="in a source tree: also into benchmarks/results/<device>")
     given = vars(parser.parse_args(arguments))
@@ -46,6 +47,7 @@ def run(
     shapes: Sequence[str] = (),
     device: str = "auto",
     seconds: float | None = None,
+    huge_pages: bool = False,
     out: str | os.PathLike = "fastcap-bench",
     save: bool = False,
 ) -> list[dict]:
@@ -53,10 +55,14 @@ def run(
 
     Args:
         operations: names, for example ("subset_cross_entropy",); none: all that have a benchmark.
-        profile: "quick" (one shape, under a minute), "default" (minutes), "all", or "tiny" (for tests; says nothing of speed).
+        profile: "quick" (one shape, under a minute), "default" (minutes), "all", or "tiny" (for tests; no measure of
+        speed).
         shapes: only these shapes; none: the profile's.
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         seconds: of timing per comparison; None: the profile's.
+        huge_pages: run under THP_MEM_ALLOC_ENABLE=1, so that all of torch's large tensors are in 2 MiB pages, as the
+            gradients that fastcap makes always are (Linux, CPU). Most of the time of a fresh gradient is its page faults.
+            The results are named <operation>_huge_pages.
         out: a folder, made if it is missing.
         save: also write the results into benchmarks/results/<device> of a source tree.
 
@@ -89,6 +95,7 @@ def run(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad(OP, "out", "be a folder that can be written", str(out), str(error)) from None
+    suffix = "_huge_pages" if huge_pages else ""
     print(f"{machine.describe(device)['device']}, {machine.describe(device)['threads']} threads; results in {out}")
 
     with tempfile.TemporaryDirectory(prefix="fastcap-bench-") as folder:
@@ -97,18 +104,19 @@ def run(
         )
         files = [str(listing.operations()[name]) for name in chosen]
         log = out / "pytest.log"
-        status = _pytest(files, Path(folder), settings, log)
+        status = _pytest(files, Path(folder), settings, log, {"THP_MEM_ALLOC_ENABLE": "1"} if huge_pages else {})
         rows = report.read_rows(settings.rows)
     if not rows:
         raise bad(OP, "run", "end with results", f"pytest's status {status}", f"read {log}")
+    command = _command(chosen, profile, shapes, seconds, device) + (" --huge-pages" if huge_pages else "")
     for operation in chosen:
         own = [row for row in rows if row["operation"] == operation]
         if own:
             for place in filter(None, (out, results)):
                 place.mkdir(parents=True, exist_ok=True)
-                report.write(place / f"{operation}.json", own, _command(chosen, profile, shapes, seconds, device))
+                report.write(place / f"{operation}{suffix}.json", own, command)
     print("\n" + report.table(rows))
-    for path in report.draw(rows, out):
+    for path in report.draw(rows, out, suffix=suffix):
         print(path)
     return rows
 
@@ -138,7 +146,7 @@ def _command(chosen, profile: str, shapes, seconds, device: str) -> str:
     return " ".join([*words, f"--device {device}"])
 
 
-def _pytest(files: list[str], folder: Path, settings, log: Path) -> int:
+def _pytest(files: list[str], folder: Path, settings, log: Path, more: dict[str, str]) -> int:
     """Runs pytest on benchmark files, away from any source tree; prints a line for each comparison as it is done."""
     import fastcap
     from fastcap.benchmarks import report
@@ -151,7 +159,7 @@ def _pytest(files: list[str], folder: Path, settings, log: Path) -> int:
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider"]
     command += ["-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "--rootdir", str(Path(files[0]).parent)]
     command += ["-c", os.devnull, f"--benchmark-storage=file://{folder / 'storage'}", *files]
-    env = {**os.environ, "PYTHONPATH": path, **settings.to_env()}
+    env = {**os.environ, "PYTHONPATH": path, **settings.to_env(), **more}
     seen = 0
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT)

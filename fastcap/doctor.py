@@ -20,8 +20,15 @@ _EXTRAS = {  # where fastcap is not installed (a source tree), what pyproject.to
 
 def report() -> str:
     """All that `fastcap doctor` prints: versions, the machine, backends, the extension, extras, font and Java."""
-    return "\n".join([*_lines("versions", _versions()), *_lines("machine", _machine()), *_lines("backends", _backends()),
-                      *_lines("extension", _extension()), *_lines("extras", _extras()), *_lines("tools", _tools())])  # fmt: skip
+    sections = {
+        "versions": _versions,
+        "machine": _machine,
+        "backends": _backends,
+        "extension": _extension,
+        "extras": _extras,
+        "tools": _tools,
+    }
+    return "\n".join(line for title, find in sections.items() for line in _lines(title, find()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,13 +55,14 @@ def _versions() -> list[tuple[str, str]]:
 
     installed = _version("fastcap")
     source = "" if installed else ", run from its sources"
+    rocm = getattr(torch.version, "hip", None)
     return [
         ("python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"),
         ("fastcap", fastcap.__version__ + source),
         ("torch", torch.__version__),
         ("triton", _version("triton") or "not installed; pip install triton (Linux)"),
-        ("CUDA", torch.version.cuda or (f"none: ROCm {torch.version.hip}" if torch.version.hip else "none: a CPU build of torch")),
-    ]  # fmt: skip
+        ("CUDA", torch.version.cuda or (f"none: ROCm {rocm}" if rocm else "none: a CPU build of torch")),
+    ]
 
 
 def _machine() -> list[tuple[str, str]]:
@@ -62,11 +70,12 @@ def _machine() -> list[tuple[str, str]]:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     chosen = [f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "FASTCAP_BACKEND") if os.environ.get(name)]
+    capability = torch.backends.cpu.get_cpu_capability()
     return [
-        ("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses {torch.backends.cpu.get_cpu_capability()}"),
+        ("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch uses {capability}"),
         ("GPU", ", ".join(gpus) or "none that torch sees"),
         *([("set", ", ".join(chosen))] if chosen else []),
-    ]  # fmt: skip
+    ]
 
 
 def _backends() -> list[tuple[str, str]]:

@@ -16,50 +16,10 @@ import triton
 import triton.language as tl
 from fastcap.kernels._common import Launch, run, softcap
 from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, without_repeats
+from fastcap.kernels._subset import dense_gradient, finish, load_ids, merge, part_of
 
 # enum Stat in the C++ header
 LSE_F, A_F, S_F, D_F, LSE_S, A_S, S_S, D_S = (tl.constexpr(i) for i in range(8))
-NUM_STATS = 8
-
-
-@triton.jit
-def _merge(m, s, z):
-    """The running max m and sum s of exp(. - m) [BLOCK], lane by lane, after a block z. -inf adds nothing."""
-    m_new = tl.maximum(m, z)
-    shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-    return m_new, s * tl.exp(m - shift) + tl.exp(z - shift)
-
-
-@triton.jit
-def _finish(m, s):
-    """log sum exp of the lanes."""
-    top = tl.max(m, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    return top + tl.log(tl.sum(s * tl.exp(m - shift), 0))
-
-
-@triton.jit
-def _part(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss):
-    """One part's loss and the coefficients (A, S, D) of its gradient."""
-    d = (1 - smoothing) * w_y
-    s = smoothing / n
-    loss = d * (lse - z_y) + z_loss * w_y * lse * lse
-    loss += tl.where(smoothing > 0, s * (sum_w * lse - sum_wz), 0.0)
-    return loss, d + s * sum_w + 2 * z_loss * w_y * lse, s, d
-
-
-@triton.jit
-def _load_ids(p_ids, ids_strides, start, K, y, IDS_PAD: tl.constexpr, UNIQUE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A block of a token's ids, and which of them are candidates beside the target: no pad, no repeat, not the target."""
-    o_k = start + tl.arange(0, BLOCK_K)
-    ids = tl.load(p_ids + o_k * ids_strides[2], mask=o_k < K, other=IDS_PAD)
-    m_k = (ids != IDS_PAD) & (ids != y) & (o_k < K)
-    if not UNIQUE:  # then K <= BLOCK_K, and this is the only block
-        o_j = tl.arange(0, BLOCK_K)
-        others = tl.load(p_ids + o_j * ids_strides[2], mask=o_j < K, other=IDS_PAD)
-        repeats = (ids[:, None] == others[None, :]) & (o_j[None, :] < o_k[:, None])
-        m_k &= tl.sum(repeats.to(tl.int32), 1) == 0
-    return ids, m_k
 
 
 @triton.jit
@@ -127,7 +87,7 @@ def _subset_cross_entropy_fwd_kernel(
                 p_v = p_row + o_v.to(tl.int64) * input_strides[2]
                 z = softcap(tl.load(p_v, mask=m_v, other=float("-inf")).to(ACC), CAP)
                 z = tl.where(m_v, z, float("-inf"))
-                m_f, s_f = _merge(m_f, s_f, z)
+                m_f, s_f = merge(m_f, s_f, z)
                 if SMOOTH:
                     if weight_ptr is None:
                         w = tl.full((BLOCK_V,), 1.0, ACC)
@@ -138,14 +98,14 @@ def _subset_cross_entropy_fwd_kernel(
                 if IS_REVERSE:
                     gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1)
                     kept = m_v & ((gone == 0) | (o_v == y))
-                    m_r, s_r = _merge(m_r, s_r, tl.where(kept, z, float("-inf")))
+                    m_r, s_r = merge(m_r, s_r, tl.where(kept, z, float("-inf")))
                     if SMOOTH:
                         n_r += kept.to(ACC)
                         sum_wr += tl.where(kept, w, 0.0)
                         sum_wzr += tl.where(kept, w * z, 0.0)
             if wants_full:
-                lse_f = _finish(m_f, s_f)
-                part, a, s, d = _part(lse_f, z_y, w_y, V, tl.sum(sum_w, 0), tl.sum(sum_wz, 0), smoothing, z_loss)
+                lse_f = finish(m_f, s_f)
+                part, a, s, d = part_of(lse_f, z_y, w_y, V, tl.sum(sum_w, 0), tl.sum(sum_wz, 0), smoothing, z_loss)
                 loss += of_full * part
                 if NEED_GRAD:
                     tl.store(stats_ptr + LSE_F * N + i_n, lse_f)
@@ -154,9 +114,9 @@ def _subset_cross_entropy_fwd_kernel(
                     tl.store(stats_ptr + D_F * N + i_n, scale * of_full * d)
             if IS_REVERSE:
                 if wants_rest:
-                    lse_r = _finish(m_r, s_r)
+                    lse_r = finish(m_r, s_r)
                     n = tl.maximum(tl.sum(n_r, 0), 1.0)
-                    part, a, s, d = _part(lse_r, z_y, w_y, n, tl.sum(sum_wr, 0), tl.sum(sum_wzr, 0), smoothing, z_loss)
+                    part, a, s, d = part_of(lse_r, z_y, w_y, n, tl.sum(sum_wr, 0), tl.sum(sum_wzr, 0), smoothing, z_loss)
                     loss += of_rest * part
                     if NEED_GRAD:
                         tl.store(stats_ptr + LSE_S * N + i_n, lse_r)
@@ -182,12 +142,12 @@ def _subset_cross_entropy_fwd_kernel(
         sum_w = w_y
         sum_wz = w_y * z_y
         for start in range(0, K, BLOCK_K):
-            ids, m_k = _load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
+            ids, m_k = load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
             bad = m_k & ((ids < 0) | (ids >= V))
             scale = tl.where(tl.sum(bad.to(tl.int32), 0) > 0, float("nan"), scale).to(ACC)
             m_k &= (ids >= 0) & (ids < V)
             z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
-            m_s, s_s = _merge(m_s, s_s, tl.where(m_k, z, float("-inf")))
+            m_s, s_s = merge(m_s, s_s, tl.where(m_k, z, float("-inf")))
             n += tl.sum(m_k.to(ACC), 0)
             if SMOOTH:
                 if weight_ptr is None:
@@ -199,7 +159,7 @@ def _subset_cross_entropy_fwd_kernel(
         top = tl.maximum(tl.max(m_s, 0), z_y)
         shift = tl.where(top == float("-inf"), 0.0, top)
         lse = top + tl.log(tl.sum(s_s * tl.exp(m_s - shift), 0) + tl.exp(z_y - shift))
-        part, a, s, d = _part(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss)
+        part, a, s, d = part_of(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss)
         loss += tl.where(wants_rest, of_rest * part, 0.0)
         if NEED_GRAD:
             factor = tl.where(wants_rest, scale * of_rest, 0.0)
@@ -212,7 +172,7 @@ def _subset_cross_entropy_fwd_kernel(
             tl.store(dset_ptr + i_n * C, tl.where(wants_rest, factor * dz_y, 0.0))
             for start in range(0, K, BLOCK_K):
                 o_k = start + tl.arange(0, BLOCK_K)
-                ids, m_k = _load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
+                ids, m_k = load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
                 m_k &= (ids >= 0) & (ids < V)
                 z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
                 dz = a * tl.exp(z - lse)
@@ -254,32 +214,6 @@ def _subset_cross_entropy_reduce_kernel(
     else:
         tl.store(out_ptr, total)
         tl.store(inv_denom_ptr, 1.0)
-
-
-@triton.jit
-def _dense_gradient(
-    z, o_v, y, gone, weight_ptr, V,
-    lse_f, a_f, s_f, d_f, lse_r, a_r, s_r, d_r,
-    CAP: tl.constexpr, IS_REVERSE: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """The dense parts' d loss / d x at columns o_v whose capped logits are z."""
-    is_y = o_v == y
-    dz = tl.where(a_f != 0, a_f * tl.exp(z - lse_f), 0.0) - tl.where(is_y, d_f, 0.0)
-    if SMOOTH:
-        if weight_ptr is None:
-            w = 1.0
-        else:
-            w = tl.load(weight_ptr + o_v, mask=(o_v >= 0) & (o_v < V), other=0.0)
-        dz -= s_f * w
-    if IS_REVERSE:
-        kept = (gone == 0) | is_y
-        rest = tl.where(a_r != 0, a_r * tl.exp(z - lse_r), 0.0) - tl.where(is_y, d_r, 0.0)
-        if SMOOTH:
-            rest -= s_r * w
-        dz += tl.where(kept, rest, 0.0)
-    if CAP > 0:
-        dz *= 1 - (z / CAP) * (z / CAP)
-    return dz
 
 
 @triton.jit
@@ -331,7 +265,7 @@ def _subset_cross_entropy_bwd_kernel(
             gone = o_v * 0
             if IS_REVERSE:
                 gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1).to(tl.int64)
-            dz = _dense_gradient(
+            dz = dense_gradient(
                 z, o_v, y, gone, weight_ptr, V, lse_f, a_f, s_f, d_f, lse_r, a_r, s_r, d_r, CAP, IS_REVERSE, SMOOTH
             )
             tl.store(p_dx + tl.arange(0, BLOCK_V), (g * dz).to(dinput_ptr.dtype.element_ty), mask=m_v)
@@ -350,7 +284,7 @@ def _subset_cross_entropy_bwd_kernel(
             if IS_DENSE:
                 if dense:
                     z = softcap(tl.load(p_row + cols * input_strides[2], mask=m_c, other=0.0).to(ACC), CAP)
-                    dx += _dense_gradient(
+                    dx += dense_gradient(
                         z,
                         cols,
                         y,

@@ -157,9 +157,7 @@ def test_a_missing_font_is_an_error_that_says_where_it_was_looked_for(tmp_path, 
     monkeypatch.delenv("FASTCAP_EMOJI_FONT", raising=False)
     monkeypatch.setattr("fastcap.data.emoji._fontconfig_fonts", lambda: [])
     monkeypatch.setattr("fastcap.data.emoji._KNOWN_PATHS", (str(tmp_path / "none.ttf"),))
-    with pytest.raises(
-        FastcapError, match=r"font must be installed.*none\.ttf.*apt-get install fonts-noto-color-emoji"
-    ):
+    with pytest.raises(FastcapError, match=r"font must be installed.*none\.ttf.*apt-get install fonts-noto-color-emoji"):
         write_emoji(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(FastcapError, match=r"fastcap\.data\.emoji: font must be a font file, got '.*gone\.ttf'"):

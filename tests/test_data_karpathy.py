@@ -66,10 +66,7 @@ def test_images_are_found_beside_the_json_under_image_root_or_in_images(tmp_path
     (tmp_path / "pictures").mkdir()
     (root / "val2014").rename(tmp_path / "pictures" / "images")
     assert len(KarpathyDataset(root / "dataset_coco.json", image_root=tmp_path / "pictures")) == 5
-    assert (
-        len(KarpathyDataset("unused", json=root / "dataset_coco.json", image_root=tmp_path / "pictures" / "images"))
-        == 5
-    )
+    assert len(KarpathyDataset("unused", json=root / "dataset_coco.json", image_root=tmp_path / "pictures" / "images")) == 5
 
 
 def test_normalisation_takes_a_number_or_one_per_channel(tmp_path):
@@ -221,10 +218,7 @@ def test_workers_give_the_batches_of_the_main_process(tmp_path):
     for workers in (0, 2):
         batches = ShuffledBatches(len(dataset), 3, seed=7)
         found.append(
-            [
-                batch["imgids"]
-                for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=make, num_workers=workers)
-            ]
+            [batch["imgids"] for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=make, num_workers=workers)]
         )
     assert found[0] == found[1]
     assert sorted(sum(found[0], [])) == list(range(10))

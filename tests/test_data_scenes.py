@@ -126,9 +126,7 @@ def test_every_reference_is_true_of_its_scene(scenes):
 
 
 def test_each_detail_is_said_less_than_half_the_time_at_the_stated_rates(scenes):
-    mentions = [
-        item for captions in write_captions(scenes) for text in captions for item in parse_caption(text).objects
-    ]
+    mentions = [item for captions in write_captions(scenes) for text in captions for item in parse_caption(text).objects]
     said = {name: np.mean([any(a == name for a, _ in item) for item in mentions]) for name in ("size", "color", "row")}
     assert said == pytest.approx({"size": 0.3, "color": 0.45, "row": 0.25}, abs=0.02)
     grounds = [bool(parse_caption(text).backgrounds) for captions in write_captions(scenes) for text in captions]

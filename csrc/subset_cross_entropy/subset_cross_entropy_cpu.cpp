@@ -6,6 +6,7 @@
 
 #include "../common/check.h"
 #include "../common/parallel.h"
+#include "../common/rows.h"
 #include "../common/simd.h"
 #include "subset_cross_entropy.h"
 
@@ -15,69 +16,6 @@ namespace {
 constexpr const char* kOp = "subset_cross_entropy";
 constexpr int64_t kRowsPerPiece = 8;
 constexpr int64_t kQuadraticIds = 64;
-
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename Fn>
-void dispatch(DType dtype, const Fn& fn) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return fn(float{});
-    case DType::kFloat64:
-      return fn(double{});
-    case DType::kFloat16:
-      return fn(Half{});
-    case DType::kBFloat16:
-      return fn(BFloat16{});
-    default:
-      bad(kOp, "input", "be float32, float64, float16 or bfloat16", static_cast<int>(dtype), "convert the logits");
-  }
-}
-
-template <typename T>
-T at(const Tensor& tensor, int64_t i, int64_t j) {
-  return tensor.as<T>()[i * tensor.strides[0] + j * tensor.strides[1]];
-}
-
-template <typename T>
-T at(const Tensor& tensor, int64_t i, int64_t j, int64_t k) {
-  return tensor.as<T>()[i * tensor.strides[0] + j * tensor.strides[1] + k * tensor.strides[2]];
-}
-
-double capped(double x, double cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
-float capped(float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
-
-// The V logits of a row, capped, in blocks of simd::kBlock. Plain float rows are read in place.
-template <typename T>
-struct Row {
-  using Acc = acc_t<T>;
-  const T* data;
-  int64_t stride;
-  Acc cap;
-
-  Acc at(int64_t v) const { return capped(load(data + v * stride), cap); }
-
-  const Acc* block(int64_t begin, int64_t n, Acc* buffer) const {
-    const T* p = data + begin * stride;
-    if constexpr (std::is_same_v<T, Acc>) {
-      if (stride == 1 && cap == 0) return p;
-      for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
-    } else {
-      if (stride == 1)
-        simd::to_float(p, buffer, n);
-      else
-        for (int64_t i = 0; i < n; ++i) buffer[i] = load(p + i * stride);
-    }
-    if (cap > 0) simd::softcap(buffer, n, cap);
-    return buffer;
-  }
-};
-
-template <typename T>
-Row<T> row_of(const Tensor& input, int64_t b, int64_t t, double cap) {
-  return {input.as<T>() + b * input.strides[0] + t * input.strides[1], input.strides[2], static_cast<acc_t<T>>(cap)};
-}
 
 // One part of one row's loss, and the coefficients of its gradient (see the header).
 template <typename Acc>
@@ -99,23 +37,6 @@ struct Part {
       a += 2 * c * w_y * lse;
     }
   }
-};
-
-// A running (max, sum of exp): -inf logits add nothing, and a row of nothing but -inf gives NaN, as torch does.
-template <typename Acc>
-struct LogSumExp {
-  Acc max = -std::numeric_limits<Acc>::infinity();
-  double sum = 0;
-
-  void add(const Acc* x, int64_t n) {
-    const Acc block_max = simd::max_of(x, n);
-    if (block_max > max) {
-      sum *= std::exp(static_cast<double>(max) - static_cast<double>(block_max));
-      max = block_max;
-    }
-    sum += simd::sum_exp(x, n, std::isinf(max) && max < 0 ? Acc(0) : max);
-  }
-  Acc value() const { return static_cast<Acc>(max + std::log(sum)); }
 };
 
 // Whole vocabulary, or all but `excluded` (sorted, unique, without the target).
@@ -402,13 +323,13 @@ void subset_cross_entropy_fwd_cpu(const SubsetCrossEntropyForward& args, const S
   labels.ndim = 3, labels.sizes[2] = 1, labels.strides[2] = 0;
   check_ids(labels, "target", options.ignore_index, V);
   if (args.ids && options.subset != Subset::kFull) check_ids(args.ids, "subset", options.ids_pad, V);
-  dispatch(args.input.dtype, [&](auto t) { forward<decltype(t)>(args, options, threads); });
+  dispatch_floats(kOp, args.input.dtype, [&](auto t) { forward<decltype(t)>(args, options, threads); });
 }
 
 void subset_cross_entropy_bwd_cpu(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOptions& options,
                                   int threads) {
   check_subset_cross_entropy(args, options);
-  dispatch(args.dinput.dtype, [&](auto t) { backward<decltype(t)>(args, options, threads); });
+  dispatch_floats(kOp, args.dinput.dtype, [&](auto t) { backward<decltype(t)>(args, options, threads); });
 }
 
 }  // namespace fastcap

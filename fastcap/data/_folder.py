@@ -32,9 +32,7 @@ class DatasetSummary:
 
 def sentences(captions: Iterable[str], imgid: int, first_sentid: int) -> list[dict]:
     """The `sentences` of one image in Karpathy's format."""
-    return [
-        {"tokens": words(raw), "raw": raw, "imgid": imgid, "sentid": first_sentid + i} for i, raw in enumerate(captions)
-    ]
+    return [{"tokens": words(raw), "raw": raw, "imgid": imgid, "sentid": first_sentid + i} for i, raw in enumerate(captions)]
 
 
 class FolderWriter:

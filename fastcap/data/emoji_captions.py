@@ -78,8 +78,7 @@ class EmojiNames:
         qualified = {text: entry for text, entry in data.items() if entry["status"] == 2}  # 2: fully qualified
         self._names = {text: entry["en"].strip(":") for text, entry in qualified.items()}
         self._aliases = {
-            entry["en"].strip(":"): [alias.strip(":") for alias in entry.get("alias", [])]
-            for entry in qualified.values()
+            entry["en"].strip(":"): [alias.strip(":") for alias in entry.get("alias", [])] for entry in qualified.values()
         }
 
     def all(self) -> list[Emoji]:

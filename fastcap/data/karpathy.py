@@ -235,9 +235,7 @@ def _read_json(path: Path) -> list[dict]:
     if not isinstance(images, list) or not images:
         raise bad(_OP, "json", "hold a list of 'images'", str(path), remedy)
     for n, record in enumerate(images):
-        wrong = [
-            key for key, kind in _KINDS.items() if not isinstance(record, dict) or type(record.get(key)) is not kind
-        ]
+        wrong = [key for key, kind in _KINDS.items() if not isinstance(record, dict) or type(record.get(key)) is not kind]
         if wrong:
             rule = " and ".join(f"have a {key} ({_KINDS[key].__name__})" for key in wrong)
             raise bad(_OP, f"images[{n}] of {path}", rule, str(record)[:80], remedy)

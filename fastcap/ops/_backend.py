@@ -133,7 +133,6 @@ def select(op: str, device: str) -> str:
     return _resolve(op, _chosen, device)
 
 
-@torch.compiler.assume_constant_result  # by its arguments: torch.compile guards on _chosen, read just above
 def _resolve(op: str, chosen: str | None, device: str) -> str:
     name = chosen or os.environ.get("FASTCAP_BACKEND") or "auto"
     if name == "auto":
@@ -149,6 +148,11 @@ def _resolve(op: str, chosen: str | None, device: str) -> str:
             "move it, or use backend('auto')"
         )
     return name
+
+
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo, which takes a second. Constant by its
+# arguments: torch.compile guards on _chosen, which `select` reads.
+_resolve._dynamo_marked_constant = True
 
 
 def _can_run(name: str, device: str) -> bool:

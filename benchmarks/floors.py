@@ -1,0 +1,71 @@
+"""Bytes and FLOPs that an operation cannot do without: small formulas, checked by hand in tests/test_benchmarks.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+SECTOR = {"cpu": 64, "cuda": 32}  # the least that memory hands over for one gathered number: a cache line, a sector
+PER_TERM = 3  # FLOPs of one term of a logsumexp or of its gradient: subtract, exp, then add or multiply
+
+
+class Traffic(NamedTuple):
+    """What must move to and from memory, and be computed, at least."""
+
+    bytes: int
+    flops: int
+
+
+class Counts(NamedTuple):
+    """What a batch of targets asks for."""
+
+    positions: int  # B * T
+    valid: int
+    captions: int  # with at least one valid token
+    pairs: int  # sum over captions of valid tokens x distinct ids: the gathered logits
+    distinct: int  # sum over captions of distinct ids
+
+
+def count(target: torch.Tensor, ignore_index: int = -100) -> Counts:
+    """Counts of target [B, T]."""
+    rows = [[y for y in row if y != ignore_index] for row in target.tolist()]
+    return Counts(
+        target.numel(),
+        sum(len(row) for row in rows),
+        sum(bool(row) for row in rows),
+        sum(len(row) * len(set(row)) for row in rows),
+        sum(len(set(row)) for row in rows),
+    )
+
+
+def subset_cross_entropy(
+    target: torch.Tensor, V: int, itemsize: int, *, rows: str, gathers: bool, backward: bool, sector: int
+) -> Traffic:
+    """The floor of subset_cross_entropy from logits.
+
+    Forward: the targets (8 bytes each), V logits of each row whose loss runs over the vocabulary, and a sector for each
+    logit gathered from the other rows. Backward: the dense gradient written, and the logits of the dense rows read
+    again.
+
+    Args:
+        target: [B, T] int64; -100 is ignored.
+        V: vocabulary size.
+        itemsize: bytes of a logit.
+        rows: the rows that need the whole vocabulary: "none", "first" (the first token of each caption) or "all".
+        gathers: whether tokens choose among their caption's words, in addition to those rows.
+        backward: whether the gradient is formed too.
+        sector: bytes moved to gather one logit.
+    """
+    counts = count(target)
+    dense = {"none": 0, "first": counts.captions, "all": counts.valid}[rows]
+    terms = counts.pairs if gathers else 0
+    moved = 0 if rows == "all" else terms  # a row that is read whole holds its candidates already
+    if rows == "first":  # whose loss is over the vocabulary alone
+        terms, moved = terms - counts.distinct, moved - counts.distinct
+    read = 8 * counts.positions + dense * V * itemsize + moved * sector
+    flops = PER_TERM * (terms + dense * V)
+    if backward:
+        read += (counts.positions + dense) * V * itemsize
+        flops *= 2
+    return Traffic(read, flops)

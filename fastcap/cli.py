@@ -1,0 +1,227 @@
+"""The `fastcap` command. Each command imports what it needs when it runs, so that `fastcap --help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastcap.errors import FastcapError, bad
+
+try:
+    import typer
+except ModuleNotFoundError:  # the `train` extra is not installed: main() says so
+    typer = None
+
+INTERRUPTED = 130  # what shells expect after Ctrl-C
+
+
+def main() -> None:
+    """The entry point: bad input is one line on stderr and status 2."""
+    if typer is None:
+        print("fastcap: the command line needs more packages; run: pip install 'fastcap[train]'", file=sys.stderr)
+        sys.exit(2)
+    try:
+        app()()
+    except FastcapError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def app() -> Any:
+    """The commands, as a typer application."""
+    made = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+    made.callback()(_root)
+    made.command("train")(_train_command())
+    made.command("caption")(caption)
+    data = typer.Typer(no_args_is_help=True, help="Make data that needs no download.")
+    data.command("scenes")(scenes)
+    data.command("emoji")(emoji)
+    made.add_typer(data, name="data")
+    passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    made.command("demo", context_settings=passed_on)(demo)
+    made.command("bench", context_settings=passed_on)(bench)
+    made.command("doctor")(doctor)
+    return made
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=lambda wanted: _version() if wanted else None)
+    ] = False,
+) -> None:
+    """Fused kernels and training loops for image captioning."""
+
+
+def _version() -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"fastcap {version('fastcap')}")
+    except PackageNotFoundError:
+        print("fastcap (not installed: run from its sources)")
+    raise typer.Exit()
+
+
+def _train_command() -> Any:
+    """`train` with one option per field of TrainConfig, from which defaults and help come."""
+    from fastcap.train.config import TrainConfig
+
+    kinds = typing.get_type_hints(TrainConfig)
+    resume = typer.Option("--resume", help="go on from the last checkpoint in --out", rich_help_panel="Run")
+    named = [("context", inspect.Parameter.empty, typer.Context), ("resume", False, Annotated[bool, resume])]
+    for field in dataclasses.fields(TrainConfig):
+        shown = {"show_default": field.default != "", "rich_help_panel": field.metadata["panel"]}
+        option = typer.Option(help=field.metadata["help"], **shown)
+        named.append((field.name, field.default, Annotated[kinds[field.name], option]))
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, default, annotation in named
+    ]
+
+    def command(**options: Any) -> None:
+        train(**options)
+
+    command.__doc__ = train.__doc__
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def train(context: typer.Context, resume: bool, **options: Any) -> None:
+    """Train a captioning model. Ctrl-C saves a checkpoint; --resume goes on from it."""
+    from fastcap.train import TrainConfig, checkpoint
+    from fastcap.train import train as run
+
+    given = {name: value for name, value in options.items() if context.get_parameter_source(name).name == "COMMANDLINE"}
+    for name in ("out",) if resume else ("data", "out"):
+        if not options[name]:
+            raise bad("train", f"--{name}", "be given", options[name], f"pass --{name} FOLDER")
+    if resume:
+        config = dataclasses.replace(checkpoint.read_config(checkpoint.to_resume(options["out"])), **given)
+    else:
+        _check_init_from(given)
+        config = TrainConfig(**options)
+    result = run(config, resume=resume)
+    if result.interrupted:
+        print(
+            f"stopped at step {result.step} of {config.steps}; saved {result.checkpoint}\n"
+            f"go on with: fastcap train --out {config.out} --resume"
+        )
+        raise typer.Exit(INTERRUPTED)
+    print(f"{result.step} steps in {result.seconds:.0f} s; saved {result.checkpoint}")
+    if result.validation is not None:
+        _show_samples(result)
+
+
+def _check_init_from(given: dict[str, Any]) -> None:
+    from fastcap.train.config import FROM_CHECKPOINT
+
+    for name in FROM_CHECKPOINT if given.get("init_from") else ():
+        if name in given:
+            option = "--" + name.replace("_", "-")
+            raise bad("train", option, "come from --init-from", given[name], f"leave {option} out")
+
+
+def _show_samples(result: Any) -> None:
+    """A few captions of validation pictures, and how varied they are."""
+    import torch
+
+    from fastcap.eval.diversity import diversity
+    from fastcap.train import Captioner
+
+    captioner = Captioner(result.model, result.tokenizer, result.config.image_size, result.config.max_length)
+    view = result.validation.images()
+    count = min(len(view), 200)
+    items = [view[i * len(view) // count] for i in range(count)]
+    captions = captioner(torch.stack([item["image"] for item in items]))
+    varied = diversity(captions)
+    print(
+        f"validation {result.val_loss:.3f} (as MLE {result.val_mle:.3f}); {count} greedy captions: "
+        f"{varied['mean_length']:.1f} words each, {varied['vocabulary']} in all, {varied['unique_share']:.0%} unique"
+    )
+    for item, said in list(zip(items, captions, strict=True))[:: max(1, count // 3)][:3]:
+        print(f"  {said!r} for {item['captions'][0]!r}")
+
+
+def caption(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="picture files")],
+    checkpoint: Annotated[Path, typer.Option(help="a run's --out, or one checkpoint in it")],
+    beam: Annotated[int, typer.Option(help="captions kept at each word; 1 is greedy")] = 3,
+    length_penalty: Annotated[float, typer.Option(help="0 compares log p, 1 log p per word: longer captions")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Print PATH<TAB>CAPTION for each picture; pictures that cannot be read are listed on stderr, with status 1."""
+    from fastcap.train import Captioner
+    from fastcap.train.setup import find_device
+
+    if batch_size < 1:
+        raise bad("caption", "--batch-size", "be at least 1", batch_size, "pass --batch-size 64")
+    captioner = Captioner.load(checkpoint, find_device(device))
+    unread = []
+    for path, said, reason in captioner.files(images, beam=beam, length_penalty=length_penalty, batch_size=batch_size):
+        if said is None:
+            unread.append(reason)
+        else:
+            print(f"{path}\t{said}", flush=True)
+    for reason in unread:
+        print(" ".join(reason.split()), file=sys.stderr)
+    if unread:
+        print(f"fastcap caption: {len(unread)} of {len(images)} pictures could not be read", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def scenes(
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    num_images: Annotated[int, typer.Option(help="pictures; 80% to train on")] = 8000,
+    seed: Annotated[int, typer.Option(help="the same seed makes the same data")] = 0,
+) -> None:
+    """Small pictures of coloured shapes with five captions each, whose every fact is known."""
+    from fastcap.data import write_scenes
+
+    _say_written(write_scenes(out, num_images=num_images, seed=seed))
+
+
+def emoji(
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    size: Annotated[int, typer.Option(help="side of the pictures, in pixels")] = 48,
+    font: Annotated[Path | None, typer.Option(help="a colour emoji font; found if not given")] = None,
+    seed: Annotated[int, typer.Option(help="of the split into train, val and test")] = 0,
+) -> None:
+    """The emoji of a font with their names as captions: real pictures, many of them nearly alike."""
+    from fastcap.data import write_emoji
+
+    _say_written(write_emoji(out, size=size, font=font, seed=seed))
+
+
+def _say_written(summary: Any) -> None:
+    splits = ", ".join(f"{count} {split}" for split, count in sorted(summary.splits.items()))
+    print(f"{summary.images} pictures ({splits}) with {summary.captions} captions in {summary.root}")
+    if summary.skipped:
+        name, reason = summary.skipped[0]
+        print(f"left out {len(summary.skipped)}, the first: {name} ({reason})")
+
+
+def demo(context: typer.Context) -> None:
+    """Train with MLE, then with SMILE, on generated pictures, and compare: `fastcap demo --help`."""
+    from fastcap.train.demo import main as run
+
+    run(context.args)
+
+
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks and draw their plots: `fastcap bench --help`."""
+    from fastcap.bench import main as run
+
+    run(context.args)
+
+
+def doctor() -> None:
+    """Say which backends run here and, for those that do not, why and how to get them."""
+    from fastcap.doctor import report
+
+    print(report())

@@ -1,0 +1,27 @@
+"""Captioning models in plain torch, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`.
+
+A model is an `nn.Module` made from one frozen dataclass of plain values. It offers
+`forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L]) for training, `hidden_states(images, inputs)` ->
+[B, T, H] with the linear layer `head` for losses that never build logits, and `encode`, `start`, `step` for
+decoding (see `fastcap.models.decoding`). Adding a model is one file and one line of `MODELS`.
+"""
+
+from .decoding import Captions, beam_search, greedy
+from .encoders import BackboneEncoder, ConvEncoder, build_encoder
+from .files import MODELS, build, load, save
+from .show_attend_tell import ShowAttendTell, ShowAttendTellConfig
+
+__all__ = [
+    "MODELS",
+    "BackboneEncoder",
+    "Captions",
+    "ConvEncoder",
+    "ShowAttendTell",
+    "ShowAttendTellConfig",
+    "beam_search",
+    "build",
+    "build_encoder",
+    "greedy",
+    "load",
+    "save",
+]

@@ -1,0 +1,54 @@
+"""A model in a folder: `model.json` (its name and configuration) and `model.safetensors` (its weights)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcap.errors import bad
+
+from .show_attend_tell import ShowAttendTell
+
+MODELS: dict[str, type[nn.Module]] = {ShowAttendTell.name: ShowAttendTell}
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """A model with new weights: `build("show-attend-tell", vocab_size=1000, encoder="conv")`."""
+    if name not in MODELS:
+        raise bad("models", "model", f"be one of {', '.join(MODELS)}", name, "pass one of these names")
+    fields = {field.name for field in dataclasses.fields(MODELS[name].Config)}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise bad("models", "options", f"be among {', '.join(sorted(fields))}", unknown[0], "leave it out")
+    return MODELS[name](MODELS[name].Config(**options))
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Writes `model.json` and `model.safetensors` into an existing folder."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    config = {"model": model.name, **dataclasses.asdict(model.config)}
+    (folder / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save` wrote, in evaluation mode."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        rule = "hold model.json and model.safetensors"
+        raise bad("models", "folder", rule, str(folder), "pass a checkpoint folder") from error
+    model = build(config.pop("model"), **config)
+    model.load_state_dict(weights)
+    return model.to(device).eval()

@@ -1,0 +1,237 @@
+"""What tests and benchmarks share: every operation with example inputs, and the rule for how exact a result must be.
+
+`OPERATIONS` has one entry an operation; tests/test_all_ops.py then holds it to one contract. Imports torch and fastcap only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcap import functional
+from fastcap.ops import _backend, _subset
+
+
+class Case(NamedTuple):
+    """One call of an operation: its arguments by name. Tensors lie on the CPU, the floating ones in float64."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def to(self, dtype: torch.dtype, device: str = "cpu", keep: torch.dtype | None = None) -> dict[str, Any]:
+        """The arguments rounded to `dtype`, then held in `keep`: so float64 can start from the same values."""
+
+        def move(value):
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to(dtype).to(keep or dtype) if value.is_floating_point() else value
+            return value.detach().to(device, copy=True)
+
+        return {name: move(value) for name, value in self.arguments.items()}
+
+
+class Operation(NamedTuple):
+    """An operation and what a test has to know of it."""
+
+    function: Callable[..., Any]  # public; returns a tensor or a tuple of them
+    cases: Callable[[], list[Case]]  # small inputs that between them use every option
+    empty: Case  # an empty batch
+    inputs: tuple[str, ...]  # the differentiable arguments
+    operators: tuple[str, ...]  # of torch.ops.fastcap
+    launches: Callable[[], Iterator[tuple[str, list[Any]]]]  # (name, Triton launches) at the shapes of real captioners
+    backends: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
+
+
+# Running ---------------------------------------------------------------------------------------------------------------
+
+
+def upstream(output: Tensor) -> Tensor:
+    """A gradient for `output`, no two elements alike: a kernel that scales all rows by the first one's is found out."""
+    steps = torch.arange(1, output.numel() + 1, dtype=torch.float64)
+    return (1.5 + torch.sin(3.7 * steps)).view(output.shape).to(output)
+
+
+def evaluate(
+    operation: Operation, arguments: dict[str, Any], backend: str, *, function: Callable | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients of `operation.inputs`) of one call under `backend`, with `upstream` gradients."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in operation.inputs}
+    with _backend.backend(backend):
+        outputs = (function or operation.function)(**{**arguments, **leaves})
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), [upstream(o) for o in outputs])
+    return [o.detach() for o in outputs], list(gradients)
+
+
+# How exact -------------------------------------------------------------------------------------------------------------
+
+# Steps of the dtype, at the largest exact value, that a correct kernel may be off where plain torch happens to be exact: the
+# rounding of the result, and of the log-sum-exp that it is formed from.
+FLOOR_STEPS = 4
+# In float64 plain torch is itself the measure, with an error of its own from sums over thousands of words.
+FLOOR_STEPS_FLOAT64 = 32
+
+
+def tolerance(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that a result in `dtype` may have against `exact` (float64): twice that of plain torch in that
+    dtype, plus FLOOR_STEPS steps at the largest exact value."""
+    finite = exact.isfinite()
+    error = (plain.double() - exact)[finite].abs()
+    steps = FLOOR_STEPS_FLOAT64 if dtype == torch.float64 else FLOOR_STEPS
+    floor = steps * torch.finfo(dtype).eps * exact[finite].abs().max().item() if finite.any() else 0.0
+    return 2 * (error.max().item() if error.numel() else 0.0) + floor
+
+
+def assert_close_to_float64(actual: Tensor, exact: Tensor, plain: Tensor, what: str = "result") -> None:
+    """`actual` is as near to `exact` as `tolerance` asks, with NaN and infinities in the same places."""
+    if actual.shape != exact.shape:
+        raise AssertionError(f"{what} has shape {list(actual.shape)}, not {list(exact.shape)}")
+    actual, exact, plain = actual.detach().cpu(), exact.detach().cpu(), plain.detach().cpu()
+    finite = exact.isfinite()
+    limit = torch.where(finite, 0.0, exact)
+    got_limit = torch.where(actual.double().isfinite(), 0.0, actual.double())
+    if not torch.equal(limit.nan_to_num(nan=12345.0), got_limit.nan_to_num(nan=12345.0)):
+        raise AssertionError(f"{what}: infinities or NaN differ: got {actual}, must be {exact}")
+    error = (actual.double() - exact)[finite].abs()
+    allowed = tolerance(exact, plain, actual.dtype)
+    if error.numel() and not error.max().item() <= allowed:
+        raise AssertionError(f"{what}: error {error.max().item():.3g} against float64, allowed {allowed:.3g}")
+
+
+# subset_cross_entropy --------------------------------------------------------------------------------------------------
+
+
+def make_captions(
+    B: int, T: int, V: int, *, seed: int = 0, prompt: int = 1, scale: float = 3.0, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] float64 and targets [B, T] like a captioner's: a prompt and padding that are ignored, lengths that
+    differ, words that repeat. With B > 2 the last caption has no valid word at all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(B, T, V, dtype=torch.float64, generator=generator)
+    target = torch.randint(max(1, min(V, T // 2 + 2)), (B, T), generator=generator) * 7 % V  # few words: repeats
+    t = torch.arange(T)
+    lengths = T - torch.arange(B) % max(1, T // 2)
+    target = target.masked_fill((t >= lengths[:, None]) | (t < min(prompt, T - 1)), ignore_index)
+    if B > 2:
+        target[-1] = ignore_index
+    return logits, target
+
+
+def _subset_cross_entropy_cases() -> list[Case]:
+    B, T, V = 3, 6, 23
+    logits, target = make_captions(B, T, V)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.rand(V, dtype=torch.float64, generator=generator) + 0.3
+    per_token = torch.randn(B, T, dtype=torch.float64, generator=generator)
+    shared = torch.tensor([4, 9, -1, 4, 22, 0])
+    own = torch.tensor([[5, 5, 1, -1], [-1, -1, -1, -1], [0, 1, 2, 22]])
+    everything = {"label_smoothing": 0.1, "weight": weight, "logit_softcap": 7.0, "z_loss": 1e-2}
+    options = {
+        "caption": {},
+        "caption-first-in-subset": {"first_token": "subset"},
+        "caption-mixture": {"mle_weight": 0.3},
+        "caption-mixture-first-in-subset": {"mle_weight": 0.01, "first_token": "subset", "reduction": "none"},
+        "caption-all-options": {**everything, "token_weight": per_token, "reduction": "none"},
+        "caption-sum-all-options": {**everything, "first_token": "subset", "reduction": "sum"},
+        "reverse": {"subset": "reverse", "reduction": "none"},
+        "reverse-first-in-subset": {"subset": "reverse", "first_token": "subset"},
+        "reverse-all-options": {**everything, "subset": "reverse", "mle_weight": 0.4, "token_weight": per_token[:, :1]},
+        "random": {"subset": "random", "seed": 7, "num_random": 5, "reduction": "none"},
+        "random-mixture": {"subset": "random", "seed": 8, "mle_weight": 0.5, "label_smoothing": 0.2},
+        "ids": {"subset": shared, "first_token": "subset", "reduction": "none"},
+        "ids-per-caption": {"subset": own, "mle_weight": 0.2, "weight": weight},
+        "full": {"subset": "full"},
+        "full-all-options": {**everything, "subset": "full", "token_weight": per_token, "reduction": "none"},
+        "mle-weight-one": {"mle_weight": 1.0, "reduction": "sum"},
+    }
+    cases = [Case(name, {"input": logits, "target": target, **given}) for name, given in options.items()]
+
+    def add(name, B, T, V, *, prompt=1, **given):
+        x, y = make_captions(B, T, V, seed=len(cases), prompt=prompt, ignore_index=given.get("ignore_index", -100))
+        cases.append(Case(name, {"input": x, "target": y, **given}))
+
+    # where kernels change their way: one token, one word, more than 64 ids (sorted), rows of several blocks and a tail
+    add("one-token", 2, 1, 9, prompt=0, first_token="subset")
+    add("one-word", 2, 3, 1, z_loss=0.1)
+    add("pad-is-a-word", 2, 6, 11, ignore_index=0, subset="reverse", reduction="none")
+    add("long-captions", 1, 67, 90, first_token="subset", reduction="none")
+    add("long-captions-reverse", 1, 66, 90, subset="reverse", label_smoothing=0.1)
+    add("many-ids", 1, 3, 300, subset=torch.arange(280, 80, -1) // 2, label_smoothing=0.1, mle_weight=0.1)
+    add("many-random", 1, 3, 90, subset="random", seed=3, num_random=65)
+    add("wide", 2, 3, 4101, reduction="none")
+    add("wide-reverse", 1, 3, 4101, subset="reverse", first_token="subset", label_smoothing=0.1, logit_softcap=20.0)
+    add("wide-full", 1, 3, 4101, subset="full", label_smoothing=0.1)
+    x, y = make_captions(1, 5, 13, seed=99)
+    cases.append(Case("flat", {"input": x[0], "target": y[0], "token_weight": per_token[0, :5], "reduction": "none"}))
+    return cases
+
+
+# Those of BLIP with BERT's words, and of a Gemma-sized vocabulary with captions too long to compare all pairs of words.
+BLIP_SHAPE, GEMMA_SHAPE = (32, 20, 30_522), (8, 100, 262_144)
+
+
+def plan_subset_cross_entropy(B: int, T: int, V: int, dtype: torch.dtype, **options: Any) -> list[Any]:
+    """The Triton launches of one forward and backward, planned on meta tensors: nothing is allocated or launched."""
+    from fastcap.kernels import subset_cross_entropy as kernels
+    from fastcap.ops.subset_cross_entropy import _fwd_outputs
+
+    given = {
+        "subset": "caption", "first_token": "full", "mle_weight": 0.0, "weight": None, "token_weight": None,
+        "ignore_index": -100, "label_smoothing": 0.0, "logit_softcap": None, "z_loss": 0.0, "num_random": 10, "seed": None,
+        "reduction": "mean",
+    }  # fmt: skip
+    input = torch.empty(B, T, V, dtype=dtype, device="meta")
+    target = torch.empty(B, T, dtype=torch.int64, device="meta")
+    ids, weight, token_weight, options = _subset.prepare("subset_cross_entropy", input, target, V, **{**given, **options})
+    out, inv_denom, stats, cols, dset = _fwd_outputs(input, ids, options, True)
+    forward = kernels.plan_subset_cross_entropy_fwd(
+        input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options
+    )
+    backward = kernels.plan_subset_cross_entropy_bwd(
+        torch.empty_like(out), inv_denom, input if options.is_dense else None, target,
+        ids if options.kind == "reverse" else None, weight, stats, cols, dset, torch.empty_like(input), options,
+    )  # fmt: skip
+    return forward + backward
+
+
+def _subset_cross_entropy_launches() -> Iterator[tuple[str, list[Any]]]:
+    B, T, V = BLIP_SHAPE
+    weights = {"weight": torch.empty(V, device="meta"), "token_weight": torch.empty(B, 1, device="meta")}
+    smoothed = {"label_smoothing": 0.1}  # BLIP's own recipe
+    options = {
+        "caption": {},
+        "caption-first-in-subset": {"first_token": "subset"},
+        "caption-mixture": {"mle_weight": 0.01},
+        "caption-smoothed": smoothed,
+        "caption-weighted": {**smoothed, **weights, "logit_softcap": 30.0, "z_loss": 1e-4, "reduction": "none"},
+        "reverse": {"subset": "reverse"},
+        "reverse-smoothed": {"subset": "reverse", **smoothed},
+        "random": {"subset": "random"},
+        "ids": {"subset": torch.empty(1000, dtype=torch.int64, device="meta")},
+        "full-smoothed": {"subset": "full", **smoothed},
+    }
+    for name, given in options.items():
+        yield f"{name}-float32", plan_subset_cross_entropy(B, T, V, torch.float32, **given)
+    for name in ("caption", "caption-first-in-subset", "reverse", "full-smoothed"):
+        yield f"{name}-bfloat16", plan_subset_cross_entropy(B, T, V, torch.bfloat16, **options[name])
+    yield "long-captions-float16", plan_subset_cross_entropy(*GEMMA_SHAPE, torch.float16, logit_softcap=30.0)
+    # Triton makes arguments that equal 1 into constants: another program
+    yield "ones-float32", plan_subset_cross_entropy(1, 1, 1, torch.float32, mle_weight=0.5)
+
+
+OPERATIONS: dict[str, Operation] = {
+    "subset_cross_entropy": Operation(
+        function=functional.subset_cross_entropy,
+        cases=_subset_cross_entropy_cases,
+        empty=Case(
+            "empty",
+            {"input": torch.zeros(0, 4, 7, dtype=torch.float64), "target": torch.zeros(0, 4, dtype=torch.int64)},
+        ),
+        inputs=("input",),
+        operators=("subset_cross_entropy_fwd", "subset_cross_entropy_bwd"),
+        launches=_subset_cross_entropy_launches,
+    ),
+}

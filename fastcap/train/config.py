@@ -1,0 +1,138 @@
+"""What a training run is: plain values, checked when made, kept as JSON in every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from fastcap.errors import bad
+
+OBJECTIVE_NAMES = ("mle", "smile", "smile+mle", "resmile")  # described in objectives.py
+PRECISIONS = ("fp32", "bf16", "fp16")
+TOKENIZERS = ("words", "wordpiece")
+
+# What may change when a run is resumed: nothing here changes the weights that come out.
+# (`data` may have moved; that it is as large as it was is checked.)
+FREE_ON_RESUME = ("data", "out", "device", "workers", "validate_every", "validate_batches", "checkpoint_every", "keep")
+
+# What comes with the weights and the tokenizer of a checkpoint: a run that starts from one does not choose it again.
+FROM_CHECKPOINT = (
+    "model",
+    "encoder",
+    "width",
+    "attention_width",
+    "dropout",
+    "image_size",
+    "tokenizer",
+    "min_count",
+    "vocab_size",
+    "max_length",
+)
+
+
+def _option(default: Any, help: str, panel: str) -> Any:
+    """A field that `fastcap train` offers as an option, with its help and the heading that it stands under."""
+    return dataclasses.field(default=default, metadata={"help": help, "panel": panel})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; `data` and `out` must be given.
+
+    `batch_size` is the number of captions of one optimiser step, whatever `accumulate` is: `accumulate` says in how
+    many parts the step is computed, and so how much memory it takes, not what it computes. A run with `init_from` takes
+    the settings named in `FROM_CHECKPOINT` from there.
+    """
+
+    data: str = _option("", "folder with a Karpathy-format dataset_*.json and its pictures", "Run")
+    out: str = _option("", "folder of the run: checkpoints and logs", "Run")
+    objective: str = _option("mle", "mle, smile, smile+mle or resmile", "Run")
+    mle_weight: float = _option(0.01, "share of MLE in smile+mle", "Run")
+    init_from: str | None = _option(None, "checkpoint or run whose model and tokenizer to start from", "Run")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", "Run")
+    precision: str = _option("fp32", "fp32, bf16 or fp16 (GPU only)", "Run")
+    seed: int = _option(0, "of weights, order and dropout", "Run")
+    workers: int = _option(0, "processes that load pictures; 0 loads in this one", "Run")
+
+    model: str = _option("show-attend-tell", "the captioning model", "Model")
+    encoder: str = _option("conv", "conv, or a transformers vision model by name or folder", "Model")
+    width: int = _option(256, "of word embeddings and of the LSTM", "Model")
+    attention_width: int = _option(128, "of the attention's hidden layer", "Model")
+    dropout: float = _option(0.2, "before the last layer", "Model")
+    image_size: int = _option(48, "side of the pictures, in pixels", "Model")
+
+    tokenizer: str = _option("words", "words or wordpiece", "Words")
+    min_count: int = _option(1, "words seen less often become unknown (words)", "Words")
+    vocab_size: int = _option(8000, "tokens at most (wordpiece)", "Words")
+    max_length: int = _option(20, "words or pieces of a caption; the rest is cut", "Words")
+
+    steps: int = _option(2000, "optimiser steps", "Optimiser")
+    batch_size: int = _option(64, "captions a step", "Optimiser")
+    accumulate: int = _option(1, "parts in which a step is computed: less memory, same result", "Optimiser")
+    lr: float = _option(2e-3, "highest learning rate of AdamW", "Optimiser")
+    warmup: int = _option(100, "steps of linear rise, before half a cosine", "Optimiser")
+    weight_decay: float = _option(0.01, "of matrices, not of vectors", "Optimiser")
+    clip: float = _option(5.0, "largest norm of the gradient", "Optimiser")
+    label_smoothing: float = _option(0.0, "spread over the words that compete", "Optimiser")
+
+    validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
+    validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
+    checkpoint_every: int = _option(500, "steps between checkpoints; the last has one", "Logs and checkpoints")
+    keep: int = _option(2, "newest checkpoints to keep", "Logs and checkpoints")
+
+    def __post_init__(self) -> None:
+        from fastcap.models import MODELS
+
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            value = getattr(self, name)
+            wanted = (int, float) if kind is float else kind
+            if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+                kind_name = {int: "an integer", float: "a number"}.get(kind, "a string")
+                raise bad("train", name, f"be {kind_name}", value, f"pass {kind_name}")
+        self._one_of("model", tuple(MODELS))
+        self._one_of("objective", OBJECTIVE_NAMES)
+        self._one_of("precision", PRECISIONS)
+        self._one_of("tokenizer", TOKENIZERS)
+        for name in ("data", "out", "encoder", "device"):
+            if not getattr(self, name):
+                raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
+        for name in ("width", "attention_width", "image_size", "min_count", "max_length"):
+            self._at_least(name, 1)
+        for name in ("steps", "batch_size", "accumulate", "validate_batches", "keep"):
+            self._at_least(name, 1)
+        for name in ("warmup", "weight_decay", "seed", "workers", "validate_every", "checkpoint_every"):
+            self._at_least(name, 0)
+        self._at_least("vocab_size", 5)
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                default = TrainConfig.__dataclass_fields__[name].default
+                raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={default}")
+        for name in ("dropout", "mle_weight", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise bad("train", name, "be in [0, 1)", getattr(self, name), f"pass a share such as {name}=0.1")
+        if self.accumulate > self.batch_size:
+            rule = f"be at most batch_size={self.batch_size}"
+            raise bad("train", "accumulate", rule, self.accumulate, "pass a smaller number")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            rule = f"be one of {', '.join(map(repr, choices))}"
+            raise bad("train", name, rule, getattr(self, name), f"pass {name}={choices[0]!r}")
+
+    def _at_least(self, name: str, least: int) -> None:
+        if not getattr(self, name) >= least:
+            raise bad("train", name, f"be at least {least}", getattr(self, name), f"pass {name}={least} or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """The names of the settings that differ and that a resumed run must keep."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [name for name in mine if mine[name] != theirs[name] and name not in FREE_ON_RESUME]
+
+    def with_model_of(self, other: TrainConfig) -> TrainConfig:
+        """This run, with the model and the tokenizer's settings of another."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in FROM_CHECKPOINT})

@@ -1,0 +1,288 @@
+"""The training loop: one object, `Trainer`, and `train`, which makes and runs one.
+
+A run is a function of its configuration and its data: step s trains on batch s of a permutation that depends on the
+seed and the epoch alone, its learning rate depends on s alone, and a checkpoint keeps every random generator. So a run
+that is interrupted and resumed ends, on the CPU, with the same weights bit for bit as one that is not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastcap import data, models
+from fastcap.errors import FastcapError, bad
+
+from . import checkpoint, setup
+from .config import TrainConfig
+from .logs import JsonLog, Progress, Record, TensorBoardLog
+from .objectives import LossFunction, make_loss
+
+IGNORE = -100
+_AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `loss` at its last step, `val_loss` and `val_mle` at its last validation, on `validation`."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: TrainConfig
+    checkpoint: Path
+    step: int
+    loss: float
+    val_loss: float | None
+    val_mle: float | None
+    validation: Any | None
+    seconds: float
+    interrupted: bool
+
+
+Callback = Callable[["Trainer", Record], None]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    loss_fn: LossFunction | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+) -> TrainResult:
+    """Trains a captioning model and returns it, in evaluation mode, with its tokenizer and its last checkpoint.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in `config.out`, whose configuration must be this one.
+        loss_fn: in place of the objective's loss: `loss_fn(logits [B, T, V], target [B, T])` -> the mean over the
+            tokens that are not -100, a scalar.
+        callbacks: each is called after each step as `callback(trainer, record)`; `trainer.stop()` ends the run there,
+            with a checkpoint.
+        progress: write the progress to stderr.
+
+    Raises:
+        FastcapError: an argument is wrong, `config.out` holds another run, or the loss is no longer finite.
+
+    Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint; the result then says
+    `interrupted`.
+    """
+    trainer = Trainer(config, resume=resume, loss_fn=loss_fn, callbacks=callbacks, progress=progress)
+    return trainer.run()
+
+
+class Trainer:
+    """The state of a run: `config`, `model`, `tokenizer`, `optimizer`, `step` (steps done) and `out`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool = False,
+        loss_fn: LossFunction | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: bool = True,
+    ) -> None:
+        self.config, last = setup.resolve(config, resume)
+        config = self.config
+        self.out = Path(config.out)
+        self.device = setup.find_device(config.device)
+        setup.check_precision(config.precision, self.device)
+        setup.set_seed(config.seed)
+        self._pairs, self._validation = setup.load_data(config)
+        if last is None:
+            self.tokenizer = setup.make_tokenizer(config, self._pairs)
+            self.model = setup.make_model(config, self.tokenizer.vocab_size)
+        else:
+            self.tokenizer = data.CaptionTokenizer.load(last / "tokenizer.json")
+            self.model = models.load(last)
+        self.model.to(self.device)
+        self.optimizer = setup.make_optimizer(config, self.model)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._loss = loss_fn or make_loss(config)
+        self._callbacks, self._show = tuple(callbacks), progress
+        self._sampler = data.ShuffledBatches(
+            len(self._pairs), config.batch_size, seed=config.seed, drop_last=len(self._pairs) >= config.batch_size
+        )
+        self._loader = setup.make_loader(config, self._pairs, self.tokenizer, self.device, self._sampler)
+        self._validator = None
+        if self._validation is not None:
+            batches = setup.validation_sampler(config, self._validation)
+            self._validator = setup.make_loader(config, self._validation, self.tokenizer, self.device, batches)
+        self.step, self._seconds, self._stopped = 0, 0.0, ""
+        self._last: dict[str, Any] = {"loss": math.nan, "val_loss": None, "val_mle": None}
+        self._saved: Path | None = None
+        if last is not None:
+            self._restore(last)
+
+    def run(self) -> TrainResult:
+        """Trains from `step` to the end, or to the first interruption."""
+        config = self.config
+        self._progress = Progress(self.step, config.steps, self._show)
+        self._introduce()
+        logs = [JsonLog(self.out / "log.jsonl", self.step), TensorBoardLog(self.out / "tensorboard", self.step)]
+        logs.append(self._progress)
+        self._began = time.perf_counter()
+        try:
+            with setup.interrupts(self.stop):
+                for epoch, batch in self._batches():
+                    record = self._train_step(epoch, batch)
+                    if self._due(config.validate_every):
+                        record.update(self.validate())
+                    self._last.update(record)
+                    for log in logs:
+                        log.write(record)
+                    for callback in self._callbacks:
+                        callback(self, record)
+                    if self._stopped or self._due(config.checkpoint_every) or self.step == config.steps:
+                        self.save()
+                    if self._stopped:
+                        break
+                    self._began = time.perf_counter()  # the speed counts the loading of a batch, not the validation
+        finally:
+            for log in logs:
+                log.close()
+        return self._result()
+
+    def stop(self, reason: str = "stop") -> None:
+        """Ends the run, with a checkpoint, after the step that is under way."""
+        self._stopped = reason
+        self._progress.note(f"{reason}: finishing step {self.step + 1}, then saving; once more to stop without saving")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def validate(self) -> dict[str, float]:
+        """The objective (`val_loss`) and cross-entropy (`val_mle`) per token of the validation batches."""
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for batch in self._validator:
+                images, inputs, target, lengths = self._to_device(batch)
+                with self._autocast():
+                    logits, _ = self.model(images, inputs, lengths)
+                    losses = self._loss(logits, target), F.cross_entropy(logits.flatten(0, 1), target.flatten())
+                count = (target != IGNORE).sum().item()
+                sums += torch.tensor([*(loss.item() * count for loss in losses), count], dtype=torch.float64)
+        val_loss, val_mle = (sums[:2] / sums[2]).tolist()
+        return {"val_loss": val_loss, "val_mle": val_mle}
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment; only between steps is it one to resume from."""
+        state = {
+            "step": self.step,
+            "seconds": self._seconds,
+            "last": self._last,
+            "items": len(self._pairs),
+            "scaler": self._scaler.state_dict(),
+            "config": self.config.to_dict(),
+        }
+        self._saved = checkpoint.save(self.out, self.model, self.tokenizer, self.optimizer, state, self.config.keep)
+        return self._saved
+
+    def _restore(self, last: Path) -> None:
+        state = checkpoint.read(last)
+        if state["items"] != len(self._pairs):
+            rule = f"hold the {state['items']} captions that the run began with"
+            remedy = "restore the data, or start a new run with --init-from"
+            raise bad("train", "data", rule, len(self._pairs), remedy)
+        checkpoint.load_optimizer(last, self.model, self.optimizer)
+        self._scaler.load_state_dict(state["scaler"])
+        self.step, self._seconds, self._last, self._saved = state["step"], state["seconds"], state["last"], last
+        checkpoint.set_random_state(state["random"])
+
+    def _batches(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """(epoch, batch) of the steps that are left."""
+        while self.step < self.config.steps:
+            epoch, position = divmod(self.step, len(self._sampler))
+            self._sampler.set_position(epoch, position)
+            for batch in self._loader:
+                yield epoch, batch
+                if self.step == self.config.steps:
+                    return
+
+    def _train_step(self, epoch: int, batch: dict[str, Tensor]) -> Record:
+        config = self.config
+        self.model.train()
+        lr = setup.learning_rate(config, self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        tokens = [(part != IGNORE).sum().item() for part in batch["target"].chunk(config.accumulate)]
+        loss = torch.zeros((), device=self.device)
+        parts = (x.chunk(config.accumulate) for x in self._to_device(batch))
+        for images, inputs, target, lengths, count in zip(*parts, tokens, strict=True):
+            with self._autocast():
+                logits, _ = self.model(images, inputs, lengths)
+                # each part's mean, weighted by its tokens: the sum is the mean over the tokens of the whole batch
+                part = self._loss(logits, target) * (count / sum(tokens))
+            self._scaler.scale(part).backward()
+            loss += part.detach()
+        self._scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), config.clip)
+        values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+        self._check_finite(values)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.step += 1
+        seconds = time.perf_counter() - self._began
+        self._seconds += seconds
+        speed = {"images_per_s": round(len(batch["target"]) / seconds, 1), "seconds": round(self._seconds, 3)}
+        return {"step": self.step, "epoch": epoch, **values, **speed}
+
+    def _check_finite(self, values: dict[str, float]) -> None:
+        scaled = self._scaler.is_enabled()  # then a gradient that overflows skips its step and lowers the scale
+        for name in ("loss",) if scaled else ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                kept = f"; the last checkpoint is {self._saved}" if self._saved else ""
+                precision = "" if self.config.precision == "fp32" else ", or --precision fp32"
+                remedy = f"lower --lr (it was {values['lr']:.2g}), raise --warmup, lower --clip{precision}{kept}"
+                raise bad("train", f"{name} of step {self.step + 1}", "be finite", values[name], remedy)
+
+    def _to_device(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """images, inputs, target, and lengths, which stay: the model reads them to plan its steps."""
+        moved = (batch[name].to(self.device, non_blocking=True) for name in ("images", "inputs", "target"))
+        return (*moved, batch["lengths"])
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.precision
+        return torch.autocast(self.device.type, _AUTOCAST[precision], enabled=precision != "fp32")
+
+    def _introduce(self) -> None:
+        config, millions = self.config, sum(p.numel() for p in self.model.parameters()) / 1e6
+        self._progress.note(
+            f"{config.model}: {millions:.1f} M parameters, {self.tokenizer.vocab_size} words; "
+            f"{len(self._pairs)} captions, {len(self._sampler)} steps an epoch; "
+            f"{config.objective}, {config.precision} on {self.device}"
+        )
+        if self.step:
+            self._progress.note(f"resumed at step {self.step} of {config.steps}")
+        skipped = self._pairs.skipped
+        if skipped:
+            path, reason = skipped[0]
+            self._progress.note(f"skipped {len(skipped)} images or captions of the data, the first: {path} ({reason})")
+
+    def _result(self) -> TrainResult:
+        if self._saved is None:
+            raise FastcapError("fastcap.train: the run ended before its first step")
+        return TrainResult(
+            model=self.model.eval(),
+            tokenizer=self.tokenizer,
+            config=self.config,
+            checkpoint=self._saved,
+            step=self.step,
+            loss=self._last["loss"],
+            val_loss=self._last["val_loss"],
+            val_mle=self._last["val_mle"],
+            validation=self._validation,
+            seconds=self._seconds,
+            interrupted=bool(self._stopped) and self.step < self.config.steps,
+        )

@@ -1,0 +1,172 @@
+"""What a run needs before its first step: the device, the data, the tokenizer, the model, the optimiser."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastcap import data, models
+from fastcap.errors import FastcapError, bad
+
+from . import checkpoint
+from .config import TrainConfig
+
+
+def set_seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; torch built without it; no such GPU
+        remedy = "pass --device auto, or cpu; fastcap doctor says what there is"
+        raise bad("train", "device", "be one that torch can use here", name, remedy) from error
+    return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type != "cuda":
+        raise bad("train", "precision", f"be 'fp32' or 'bf16' on {device.type}", precision, "pass --precision bf16")
+
+
+def resolve(config: TrainConfig, resume: bool) -> tuple[TrainConfig, Path | None]:
+    """The configuration to run and the checkpoint to go on from, after checking that `out` is free or fits."""
+    if not resume:
+        last = checkpoint.last_of(config.out)
+        if last is not None:
+            remedy = f"it holds a run at {last.name}: add --resume to go on with it, or name another folder"
+            raise bad("train", "out", "be a new folder", config.out, remedy)
+        if (Path(config.out) / "log.jsonl").exists():
+            remedy = "it holds a run that ended before its first checkpoint: name another folder, or delete this one"
+            raise bad("train", "out", "be a new folder", config.out, remedy)
+        if config.init_from:
+            config = config.with_model_of(checkpoint.read_config(checkpoint.find(config.init_from)))
+        return config, None
+    last = checkpoint.to_resume(config.out)
+    saved = checkpoint.read_config(last)
+    if config.init_from:
+        config = config.with_model_of(saved)
+    for name in config.differences(saved):
+        rule = f"stay {getattr(saved, name)!r}, as the run began"
+        raise bad("train", name, rule, getattr(config, name), "leave it out, or start a new run with --init-from")
+    return config, last
+
+
+def load_data(config: TrainConfig) -> tuple[Any, Any | None]:
+    """The (image, caption) pairs to train on, and those to validate on unless `validate_every` is 0."""
+    train = data.KarpathyDataset(config.data, split="train", image_size=config.image_size)
+    if not config.validate_every:
+        return train, None
+    try:
+        return train, data.KarpathyDataset(config.data, split="val", image_size=config.image_size)
+    except FastcapError as error:
+        raise FastcapError(f"{error}; or train without validation: --validate-every 0") from error
+
+
+def make_tokenizer(config: TrainConfig, dataset: Any) -> Any:
+    if config.init_from:
+        return data.CaptionTokenizer.load(checkpoint.find(config.init_from) / "tokenizer.json")
+    captions = dataset.captions()
+    if config.tokenizer == "words":
+        return data.CaptionTokenizer.train_words(captions, min_count=config.min_count)
+    return data.CaptionTokenizer.train_wordpiece(captions, vocab_size=config.vocab_size)
+
+
+def make_model(config: TrainConfig, vocab_size: int) -> nn.Module:
+    if config.init_from:
+        return models.load(checkpoint.find(config.init_from))
+    return models.build(
+        config.model,
+        vocab_size=vocab_size,
+        encoder=config.encoder,
+        embed_width=config.width,
+        hidden_width=config.width,
+        attention_width=config.attention_width,
+        dropout=config.dropout,
+    )
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW; biases and normalisations (vectors) are not decayed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=trained[0].device.type in ("cpu", "cuda"))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of step 1, 2, ..., `steps`: a linear rise over `warmup` steps, then half a cosine that ends just above zero."""
+    if step <= config.warmup:
+        return config.lr * step / config.warmup
+    done = (step - config.warmup - 1) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_loader(config: TrainConfig, dataset: Dataset, tokenizer: Any, device: torch.device, sampler: Any) -> DataLoader:
+    """Batches of `dataset` in the sampler's order."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=data.collate(tokenizer, config.max_length),
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        worker_init_fn=_ignore_interrupts,
+        pin_memory=device.type == "cuda",
+        # An iterator draws its workers' seed from the global generator unless it is given one; a resumed run makes
+        # one iterator more than the run it continues, and its dropout would differ from there on.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def validation_sampler(config: TrainConfig, dataset: Dataset) -> list[list[int]]:
+    """The same `validate_batches` batches each time, spread over the whole split."""
+    wanted = min(len(dataset), config.validate_batches * config.batch_size)
+    chosen = [i * len(dataset) // wanted for i in range(wanted)]
+    return [chosen[i : i + config.batch_size] for i in range(0, wanted, config.batch_size)]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches every process of the terminal; the trainer answers it and still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def interrupts(stop: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `stop`; a second one ends the program as usual."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: object) -> None:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        stop(signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

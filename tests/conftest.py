@@ -1,0 +1,99 @@
+"""What every test file shares: which tests run here, and the (device, backend) pairs that one is run on.
+
+Kernels in Triton run on the CPU only in Triton's interpreter, chosen by TRITON_INTERPRET=1 before triton is imported, and
+nothing can be compiled in such a process. So tests marked `interpreter` are left out of an ordinary run, in which
+test_kernels_interpreter.py runs all of them in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fastcap
+
+
+class Target(NamedTuple):
+    """Where an operation runs."""
+
+    device: str
+    backend: str
+
+
+TARGETS = {
+    Target("cpu", "reference"): (),
+    Target("cpu", "cpp"): (),
+    Target("cpu", "triton"): pytest.mark.interpreter,
+    Target("cuda", "reference"): pytest.mark.gpu,
+    Target("cuda", "triton"): pytest.mark.gpu,
+    Target("cuda", "cuda"): pytest.mark.gpu,
+}
+FUSED = [target for target in TARGETS if target.backend != "reference"]
+COMPILED = [target for target in FUSED if target != Target("cpu", "triton")]
+GPU = [target for target in FUSED if target.device == "cuda"]
+
+
+def _params(targets):
+    return [pytest.param(target, marks=TARGETS[target], id=f"{target.device}-{target.backend}") for target in targets]
+
+
+def _runnable(request) -> Target:
+    status = fastcap.backends()[request.param.backend]
+    if not status:
+        pytest.skip(f"backend {request.param.backend}: {status.reason}")
+    return request.param
+
+
+@pytest.fixture(params=_params(TARGETS))
+def target(request) -> Target:
+    """Every place where an operation can run, plain torch included."""
+    return _runnable(request)
+
+
+@pytest.fixture(params=_params(FUSED))
+def fused(request) -> Target:
+    """Every place with a kernel of ours."""
+    return _runnable(request)
+
+
+@pytest.fixture(params=_params(COMPILED))
+def compiled(request) -> Target:
+    """`fused` without Triton's interpreter, which needs 10 ms a token: for larger inputs."""
+    return _runnable(request)
+
+
+@pytest.fixture
+def cpp() -> Target:
+    """The compiled extension, on the CPU."""
+    status = fastcap.backends()["cpp"]
+    if not status:
+        pytest.skip(f"backend cpp: {status.reason}")
+    return Target("cpu", "cpp")
+
+
+@pytest.fixture
+def reference() -> Target:
+    """Plain torch, on the CPU."""
+    return Target("cpu", "reference")
+
+
+@pytest.fixture(params=_params(GPU))
+def gpu(request) -> Target:
+    """Every place on a GPU with a kernel of ours."""
+    return _runnable(request)
+
+
+def pytest_collection_modifyitems(config, items):
+    interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    kept, left_out = [], []
+    for item in items:
+        belongs = interpreting or item.get_closest_marker("interpreter") is None
+        (kept if belongs else left_out).append(item)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept

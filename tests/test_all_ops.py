@@ -1,0 +1,320 @@
+"""One contract over every operation: a new one joins by its entry in fastcap.testing.OPERATIONS."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcap
+from fastcap.testing import OPERATIONS, assert_close_to_float64, evaluate, upstream
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):  # slow: float32 is left to the strides, float64 to test_<op>.py
+    FLOATS = (torch.bfloat16,)
+CASES = [(name, case) for name, operation in OPERATIONS.items() for case in operation.cases()]
+SMALL = [(name, case) for name, case in CASES if sum(case.arguments[i].numel() for i in OPERATIONS[name].inputs) < 1000]
+
+every_operation = pytest.mark.parametrize("name", OPERATIONS)
+
+
+def every_case(cases=CASES):
+    return pytest.mark.parametrize(("name", "case"), cases, ids=[f"{name}-{case.name}" for name, case in cases])
+
+
+def dtype_id(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def poisoned_memory():
+    """Fresh tensors hold NaN, and integers their largest value: what a kernel forgets to write shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check(name, case, dtype, target, arguments=None):
+    """Outputs and gradients are as near to float64 as the rule asks; `arguments` may hold the values in other strides."""
+    operation = OPERATIONS[name]
+    exact = evaluate(operation, case.to(dtype, keep=torch.float64), "reference")
+    plain = evaluate(operation, case.to(dtype, target.device), "reference")
+    actual = evaluate(operation, arguments or case.to(dtype, target.device), target.backend)
+    for kind, results, exacts, plains in zip(("output", "gradient"), actual, exact, plain, strict=True):
+        assert len(results) == len(exacts)
+        for i, (a, e, p) in enumerate(zip(results, exacts, plains, strict=True)):
+            assert a.dtype == dtype, (kind, i, a.dtype)
+            assert_close_to_float64(a, e, p, f"{kind} {i} of {name} ({case.name})")
+
+
+@every_case()
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_every_backend_agrees_with_float64_and_writes_every_element(name, case, dtype, fused):
+    with poisoned_memory():
+        check(name, case, dtype, fused)
+
+
+@every_case(SMALL)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradients_pass_gradcheck(name, case, backend):
+    if not fastcap.backends()[backend]:
+        pytest.skip(fastcap.backends()[backend].reason)
+    operation = OPERATIONS[name]
+    arguments = case.to(torch.float64)
+    leaves = {i: arguments.pop(i).requires_grad_() for i in operation.inputs}
+
+    def call(*values):
+        with fastcap.backend(backend):
+            return operation.function(**arguments, **dict(zip(leaves, values, strict=True)))
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps the arguments of each call of a fastcap operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastcap":
+            detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+            self.calls[func] = detached
+        return func(*args, **(kwargs or {}))
+
+
+@every_case(SMALL)
+def test_operators_pass_opcheck(name, case):
+    """Schema, fake tensors (the Meta implementation's shapes) and what torch.compile makes of the raw operators."""
+    if not fastcap.backends()["cpp"]:
+        pytest.skip(fastcap.backends()["cpp"].reason)
+    with Recorded() as recorded:
+        evaluate(OPERATIONS[name], case.to(torch.float32), "cpp")
+    assert {f"{func._schema.name}" for func in recorded.calls} == {f"fastcap::{o}" for o in OPERATIONS[name].operators}
+    for func, args in recorded.calls.items():
+        torch.library.opcheck(func, tuple(args))
+
+
+COMPILED = [(name, case) for name, operation in OPERATIONS.items() for case in operation.cases()[::5]]
+
+
+@every_case(COMPILED)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_compiled_without_a_graph_break_gives_the_same(name, case, backend):
+    """Forward and backward, in fixed shapes; the inputs hold ignored tokens."""
+    if not fastcap.backends()[backend]:
+        pytest.skip(fastcap.backends()[backend].reason)
+    torch._dynamo.reset()
+    operation = OPERATIONS[name]
+    compiled = torch.compile(operation.function, fullgraph=True, backend="aot_eager")
+    eager = evaluate(operation, case.to(torch.float32), backend)
+    traced = evaluate(operation, case.to(torch.float32), backend, function=compiled)
+    torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+
+
+@every_operation
+def test_compiled_with_dynamic_shapes_by_inductor_gives_the_same(name):
+    torch._dynamo.reset()
+    operation = OPERATIONS[name]
+    first = operation.cases()[0]
+    backend = "cpp" if fastcap.backends()["cpp"] else "reference"
+    compiled = torch.compile(operation.function, fullgraph=True, dynamic=True)
+    for batch in (first, *(case for case in operation.cases() if case.name == "wide")):
+        arguments = {k: v for k, v in batch.to(torch.float32).items() if k not in ("reduction",)}
+        eager = evaluate(operation, arguments, backend)
+        traced = evaluate(operation, arguments, backend, function=compiled)
+        torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+
+
+def transposed(x):
+    """The same values, the last two dimensions swapped in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() > 1 else strided(x)
+
+
+def strided(x):
+    """The same values, every second element of a larger tensor whose other elements are NaN (or out of range)."""
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan if x.is_floating_point() else -12345)
+    view = wide[..., 1::2]
+    return view.copy_(x)
+
+
+@every_case(SMALL)
+@pytest.mark.parametrize("layout", [transposed, strided])
+def test_any_strides_will_do(name, case, layout, fused):
+    arguments = {
+        k: layout(v) if isinstance(v, torch.Tensor) and v.dim() > 0 else v
+        for k, v in case.to(torch.float32, fused.device).items()
+    }
+    check(name, case, torch.float32, fused, arguments)
+
+
+@every_operation
+def test_an_expanded_input_gets_the_gradient_of_its_copies(name, target):
+    """One row of strides 0: the gradient of the expanded tensor, and autograd's sum over it."""
+    operation = OPERATIONS[name]
+    case = operation.cases()[0]
+    arguments = case.to(torch.float64, target.device)
+    x = operation.inputs[0]
+    row = arguments[x][:1].clone().requires_grad_()
+    copies = row.detach().expand_as(arguments[x]).clone().requires_grad_()
+    with fastcap.backend(target.backend):
+        expanded = operation.function(**{**arguments, x: row.expand_as(arguments[x])})
+        copied = operation.function(**{**arguments, x: copies})
+    torch.autograd.backward([expanded, copied], [upstream(expanded), upstream(copied)])
+    torch.testing.assert_close(expanded, copied)
+    torch.testing.assert_close(row.grad, copies.grad.sum(0, keepdim=True))
+
+
+@every_operation
+@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+def test_an_empty_batch_gives_nothing_and_no_error(name, dtype, target):
+    operation = OPERATIONS[name]
+    with poisoned_memory():
+        outputs, gradients = evaluate(operation, operation.empty.to(dtype, target.device), target.backend)
+    for output in outputs:
+        assert output.dtype == dtype and (output == 0).all()
+    for i, gradient in zip(operation.inputs, gradients, strict=True):
+        assert gradient.shape == operation.empty.arguments[i].shape and gradient.numel() == 0
+
+
+@every_operation
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=dtype_id)
+def test_autocast_gives_float32_results_and_gradients_in_the_inputs_dtype(name, dtype, target):
+    operation = OPERATIONS[name]
+    case = operation.cases()[0]
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        outputs, gradients = evaluate(operation, case.to(dtype, target.device), target.backend)
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert [o.dtype for o in outputs] == [wanted] * len(outputs)
+    assert [g.dtype for g in gradients] == [dtype] * len(gradients)
+    exact, _ = evaluate(operation, case.to(dtype, keep=torch.float64), "reference")
+    plain, _ = evaluate(operation, case.to(dtype, keep=wanted), "reference")
+    for o, e, p in zip(outputs, exact, plain, strict=True):
+        assert_close_to_float64(o, e, p, name)
+
+
+@every_case()
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_no_result_is_read_back_on_the_host(name, case, backend):
+    """On fake tensors a value cannot be read, so .item(), nonzero() or a data-dependent shape raises."""
+    if not fastcap.backends()[backend]:
+        pytest.skip(fastcap.backends()[backend].reason)
+    mode, arguments = FakeTensorMode(), case.to(torch.float32)
+    fakes = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with mode:
+        outputs, gradients = evaluate(OPERATIONS[name], fakes, backend)
+    real, real_gradients = evaluate(OPERATIONS[name], arguments, "reference")
+    assert [(o.shape, o.dtype) for o in outputs] == [(o.shape, o.dtype) for o in real]
+    assert [(g.shape, g.dtype) for g in gradients] == [(g.shape, g.dtype) for g in real_gradients]
+
+
+@every_operation
+def test_results_are_the_same_bits_every_time(name, compiled):
+    for case in OPERATIONS[name].cases():
+        first, second = (
+            evaluate(OPERATIONS[name], case.to(torch.float32, compiled.device), compiled.backend) for _ in range(2)
+        )
+        for a, b in zip(first[0] + first[1], second[0] + second[1], strict=True):
+            assert torch.equal(a, b), case.name
+
+
+@every_operation
+def test_inference_needs_no_gradient(name, target):
+    """Under no_grad, and where no input requires a gradient, the results are the same and carry no graph."""
+    operation = OPERATIONS[name]
+    arguments = operation.cases()[0].to(torch.float32, target.device)
+    expected, _ = evaluate(operation, arguments, target.backend)
+    with fastcap.backend(target.backend):
+        plain = operation.function(**arguments)
+        with torch.inference_mode():
+            inferred = operation.function(**arguments)
+        with torch.no_grad():
+            silent = operation.function(
+                **{**arguments, operation.inputs[0]: arguments[operation.inputs[0]].clone().requires_grad_()}
+            )
+    for result in (plain, inferred, silent):
+        result = [result] if isinstance(result, torch.Tensor) else list(result)
+        assert not any(r.requires_grad for r in result)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+# On a GPU only ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@every_case()
+def test_forward_and_backward_never_wait_for_the_gpu(name, case, gpu):
+    operation, arguments = OPERATIONS[name], case.to(torch.float32, gpu.device)
+    expected = evaluate(operation, arguments, gpu.backend)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        leaves = {i: arguments[i].detach().requires_grad_() for i in operation.inputs}
+        with fastcap.backend(gpu.backend):
+            outputs = operation.function(**{**arguments, **leaves})
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close([o.detach() for o in outputs], expected[0])
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.gpu
+@every_case()
+def test_forward_and_backward_are_captured_in_a_cuda_graph(name, case, gpu):
+    operation, arguments = OPERATIONS[name], case.to(torch.float32, gpu.device)
+    leaves = {i: arguments[i].detach().clone().requires_grad_() for i in operation.inputs}
+    upstreams = [upstream(o) for o in evaluate(operation, arguments, gpu.backend)[0]]
+
+    def step():
+        with fastcap.backend(gpu.backend):
+            outputs = operation.function(**{**arguments, **leaves})
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        return outputs, torch.autograd.grad(outputs, list(leaves.values()), upstreams)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs, gradients = step()
+    with torch.no_grad():
+        for leaf in leaves.values():  # other values in the same memory
+            leaf.copy_(leaf.flip(-1))
+    graph.replay()
+    other = {**arguments, **{i: leaf.detach() for i, leaf in leaves.items()}}
+    expected = evaluate(operation, other, gpu.backend)
+    torch.testing.assert_close([o.detach() for o in outputs], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(list(gradients), expected[1], rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@every_operation
+def test_kernels_run_in_the_current_stream(name, gpu):
+    """The inputs are made late in a side stream: a kernel in the default stream would read them too early."""
+    operation = OPERATIONS[name]
+    case = operation.cases()[0]
+    arguments = case.to(torch.float32, gpu.device)
+    expected = evaluate(operation, arguments, gpu.backend)
+    late = {i: torch.full_like(arguments[i], torch.nan) for i in operation.inputs}
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for i, value in late.items():
+            value.copy_(arguments[i])
+        result = evaluate(operation, {**arguments, **late}, gpu.backend)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)

@@ -1,0 +1,179 @@
+"""The `fastcap` command as a user meets it: what it prints, where, and with which status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
+
+from fastcap import cli
+
+SMALL = "--steps 4 --width 16 --attention-width 8 --batch-size 8 --validate-every 4 --validate-batches 2".split()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fastcap(monkeypatch, capsys):
+    """Runs a command line in this process: fastcap("train", ...) -> (status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastcap", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    from fastcap import data
+
+    folder = tmp_path_factory.mktemp("scenes")
+    data.write_scenes(folder, num_images=40, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory):
+    from fastcap.train import TrainConfig, train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train(TrainConfig(data=str(scenes), out=str(out), steps=4, width=16, batch_size=8, validate_every=0), progress=False)
+    return out
+
+
+def test_help_lists_every_command(fastcap):
+    status, out, _ = fastcap("--help")
+    assert status == 0
+    for command in ("train", "caption", "data", "demo", "bench", "doctor", "--version"):
+        assert command in out
+
+
+def test_every_setting_of_a_run_is_an_option(fastcap):
+    import dataclasses
+
+    from fastcap.train import TrainConfig
+
+    status, out, _ = fastcap("train", "--help")
+    assert status == 0
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')} " in out
+    assert "--resume" in out
+
+
+def test_version_is_one_line(fastcap):
+    status, out, _ = fastcap("--version")
+    assert status == 0 and out.startswith("fastcap ") and out.count("\n") == 1
+
+
+def test_data_train_and_caption_follow_each_other(fastcap, tmp_path):
+    status, out, _ = fastcap("data", "scenes", "--out", tmp_path / "scenes", "--num-images", 40)
+    assert status == 0 and out.startswith("40 pictures (") and "with 200 captions" in out
+    status, out, err = fastcap(
+        "train", "--data", tmp_path / "scenes", "--objective", "smile", "--out", tmp_path / "run", *SMALL
+    )
+    assert status == 0, err
+    assert out.splitlines()[0].startswith("4 steps in ") and "greedy captions" in out
+    assert "step 4/4  loss" in err and "images/s" in err and "left" in err
+    picture = tmp_path / "scenes" / "images" / "scene_000000.png"
+    status, out, err = fastcap("caption", "--checkpoint", tmp_path / "run", picture, picture)
+    assert status == 0 and err == ""
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines] == [str(picture)] * 2 and lines[0][1] == lines[1][1]
+
+
+def test_emoji_without_their_font_are_one_line_and_status_2(fastcap, tmp_path):
+    status, out, err = fastcap("data", "emoji", "--out", tmp_path / "emoji", "--font", tmp_path / "none.ttf")
+    assert status == 2 and out == "" and err.count("\n") == 1 and "none.ttf" in err
+
+
+def test_unreadable_pictures_are_listed_and_the_others_captioned(fastcap, trained, scenes, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    good = scenes / "images" / "scene_000001.png"
+    status, out, err = fastcap(
+        "caption", "--checkpoint", trained, "--beam", 1, good, tmp_path / "bad.png", tmp_path / "none.png", good
+    )
+    assert status == 1
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(good), str(good)]
+    lines = err.splitlines()
+    assert lines[0].startswith(f"fastcap.caption: image must be a readable picture, got '{tmp_path / 'bad.png'}'")
+    assert lines[1].startswith(f"fastcap.caption: image must be a file, got '{tmp_path / 'none.png'}'; check the path")
+    assert lines[2] == "fastcap caption: 2 of 4 pictures could not be read"
+
+
+def test_resume_needs_only_the_folder(fastcap, scenes, tmp_path):
+    assert fastcap("train", "--data", scenes, "--out", tmp_path / "run", *SMALL)[0] == 0
+    status, out, err = fastcap("train", "--out", tmp_path / "run", "--resume")
+    assert status == 0 and "resumed at step 4 of 4" in err
+    status, _, err = fastcap("train", "--out", tmp_path / "run", "--resume", "--seed", 5)
+    assert status == 2
+    assert err == (
+        "fastcap.train: seed must stay 0, as the run began, got 5; leave it out, or start a new run with --init-from\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "run"], "fastcap.train: --data must be given, got ''; pass --data FOLDER"),
+        (["train", "--resume"], "fastcap.train: --out must be given, got ''; pass --out FOLDER"),
+        (
+            ["train", "--resume", "--out", "run"],
+            "fastcap.train: out must hold a checkpoint to resume, got 'run'; start",
+        ),
+        (
+            ["train", "--data", ".", "--out", "run", "--lr", "0"],
+            "fastcap.train: lr must be positive and finite, got 0.0",
+        ),
+        (["train", "--data", "none", "--out", "run"], "fastcap.data.karpathy: "),
+        (
+            ["train", "--data", ".", "--out", "run", "--init-from", "a", "--width", "8"],
+            "fastcap.train: --width must come from --init-from, got 8; leave --width out",
+        ),
+        (
+            ["caption", "--checkpoint", "none", "a.png"],
+            "fastcap.train: checkpoint must be a checkpoint or the folder of a",
+        ),
+        (["caption", "--checkpoint", "none", "--batch-size", "0", "a.png"], "fastcap.caption: --batch-size must be at"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_status_2(fastcap, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = fastcap(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(message) and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_train_extra_the_command_says_how_to_get_it():
+    code = "import sys; sys.modules['typer'] = None; from fastcap.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "fastcap: the command line needs more packages; run: pip install 'fastcap[train]'\n"
+
+
+def test_help_imports_neither_transformers_nor_the_loop():
+    code = (
+        "import sys; sys.argv = ['fastcap', '--help']\nfrom fastcap.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'transformers', 'PIL', 'tokenizers', 'tensorboard', 'fastcap.train.loop'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,138 @@
+"""Every kernel is compiled ahead of time, with no GPU, for the GPUs that it is meant for; a register that spills fails.
+
+Triton's by triton.compile for each launch that a plan makes at real shapes; CUDA's by nvcc, where there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcap.testing import OPERATIONS, plan_subset_cross_entropy
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    pytest.skip("nothing can be compiled under TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastcap.kernels._common import compile_for  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+LAUNCHES = [pytest.param(name, case, id=f"{name}-{case}") for name, op in OPERATIONS.items() for case, _ in op.launches()]
+_plans = {(name, case): plan for name, op in OPERATIONS.items() for case, plan in op.launches()}
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default now, without its warning
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")
+        yield
+
+
+def tool(name: str) -> str:
+    for place in (TOOLS / name, shutil.which(name), Path("/usr/local/cuda/bin") / name):
+        if place and Path(place).is_file():
+            return str(place)
+    pytest.skip(f"{name} is neither in triton nor on the path")
+
+
+def output_of(*command) -> str:
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def resources(cubin: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel in an object: registers, bytes of stack (spills among them), local memory, shared memory."""
+    text = output_of(tool("cuobjdump"), "-res-usage", cubin)
+    found = re.findall(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert found, text
+    return {name: dict(zip(("REG", "STACK", "SHARED", "LOCAL"), map(int, numbers), strict=True)) for name, *numbers in found}
+
+
+def assert_no_spill(cubin: Path, what: str) -> dict[str, dict[str, int]]:
+    used = resources(cubin)
+    for name, use in used.items():
+        spilt = use["STACK"] or use["LOCAL"]
+        if spilt:
+            moves = len(re.findall(r"\b(?:STL|LDL)\b", output_of(tool("nvdisasm"), cubin)))
+            pytest.fail(f"{what}: {name} uses {use}, with {moves} loads and stores of local memory", pytrace=False)
+        assert 0 < use["REG"] <= 255
+    return used
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "case"), LAUNCHES)
+def test_triton_kernels_compile_without_spills(name, case, target, tmp_path, record_property):
+    for i, launch in enumerate(_plans[name, case]):
+        compiled = compile_for(launch, *TARGETS[target])
+        kernel = launch.kernel.fn.__name__
+        if "cubin" not in compiled.asm:
+            assert len(compiled.asm["hsaco"]) > 1000
+            scratch = re.findall(r"\.private_segment_fixed_size:\s*(\d+)", compiled.asm["amdgcn"])
+            spills = re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", compiled.asm["amdgcn"])
+            assert scratch and spills and not any(map(int, scratch + spills)), (
+                f"{kernel}: scratch {scratch}, spills {spills}"
+            )
+            continue
+        cubin = tmp_path / f"{i}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        used = assert_no_spill(cubin, f"{target} {kernel}")
+        record_property(f"{case}-{target}-{kernel}", str(used[kernel]))
+        assert compiled.metadata.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("case", ["caption-first-in-subset-float32", "caption-first-in-subset-bfloat16", "caption-float32"])
+def test_the_backward_fills_with_zeros_by_16_bytes_a_store(case, tmp_path):
+    """A store of 4 bytes a thread would need four times the instructions for the one large write of the backward."""
+    *_, backward = _plans["subset_cross_entropy", case]
+    cubin = tmp_path / "backward.cubin"
+    cubin.write_bytes(compile_for(backward, *TARGETS["sm_90"]).asm["cubin"])
+    assert "STG.E.128" in output_of(tool("nvdisasm"), cubin)
+
+
+def test_rows_of_whole_words_are_read_by_16_bytes_a_load():
+    """compile_for specialises as Triton's launcher does: a stride of 1 is a constant, a size divisible by 16 is known."""
+    forward, *_ = plan_subset_cross_entropy(4, 8, 32_768, torch.float32, subset="full")
+    assert "ld.global.v4" in compile_for(forward, *TARGETS["sm_90"]).asm["ptx"]
+
+
+# CUDA ------------------------------------------------------------------------------------------------------------------
+
+
+def find_nvcc() -> str:
+    found = shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    )
+    if found is None:
+        pytest.skip("nvcc is not installed")
+    probe = subprocess.run([found, "--version"], capture_output=True, text=True)
+    if probe.returncode != 0:
+        pytest.skip(f"nvcc does not run: {probe.stderr.strip()[-200:]}")
+    return found
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_cuda_kernels_compile_without_spills(name, arch, tmp_path, record_property):
+    source = ROOT / "csrc" / name / f"{name}_cuda.cu"
+    if not (ROOT / "csrc").is_dir():
+        pytest.skip("not a source tree")
+    cubin = tmp_path / f"{name}.cubin"
+    output_of(find_nvcc(), "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", source, "-o", cubin)
+    for kernel, used in assert_no_spill(cubin, f"sm_{arch} {name}").items():
+        record_property(f"{arch}-{kernel}", str(used))

@@ -1,0 +1,422 @@
+"""The training loop: what a step computes, checkpoints, exact resumption, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("PIL")
+
+from fastcap import data, models
+from fastcap import functional as F_cap
+from fastcap.errors import FastcapError
+from fastcap.train import OBJECTIVES, Captioner, TrainConfig, Trainer, checkpoint, train
+from fastcap.train.config import OBJECTIVE_NAMES
+from fastcap.train.objectives import make_loss
+from fastcap.train.setup import learning_rate
+
+SMALL = {"width": 16, "attention_width": 8, "batch_size": 16, "steps": 8, "warmup": 2, "validate_every": 0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: threads only get in each other's way. Bitwise comparisons need one number of threads besides."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """About 50 pictures to train on, with 5 captions each: 15 steps of 16 an epoch."""
+    folder = tmp_path_factory.mktemp("scenes")
+    data.write_scenes(folder, num_images=60, seed=0)
+    return str(folder)
+
+
+@pytest.fixture
+def config(scenes, tmp_path):
+    return TrainConfig(data=scenes, out=str(tmp_path / "run"), **SMALL)
+
+
+def _weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _log(config):
+    with open(f"{config.out}/log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _with(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def _quiet(config, **options):
+    return train(config, progress=False, **options)
+
+
+def test_training_lowers_the_loss_and_leaves_a_checkpoint_that_captions(config, scenes):
+    config = _with(config, steps=60, lr=5e-3, validate_every=30, validate_batches=2, keep=1)
+    result = _quiet(config)
+    losses = [record["loss"] for record in _log(config)]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    assert result.step == 60 and not result.interrupted and result.loss == losses[-1]
+    captioner = Captioner.load(config.out)
+    view = data.KarpathyDataset(scenes, "val").images()
+    (said,) = captioner(view[0]["image"].unsqueeze(0))
+    assert said == captioner(view[0]["image"].unsqueeze(0), beam=1)[0] and said.split()[0] in ("a", "there")
+    picture = data.KarpathyDataset(scenes, "val").records[0]["path"]
+    torch.testing.assert_close(captioner.read(picture), view[0]["image"])
+
+
+def test_the_log_has_one_object_per_step(config):
+    config = _with(config, steps=20, validate_every=10)
+    _quiet(config)
+    log = _log(config)
+    assert [record["step"] for record in log] == list(range(1, 21))
+    assert [record["epoch"] for record in log] == [0] * 15 + [1] * 5
+    usual = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "seconds"}
+    for record in log:
+        assert set(record) == usual | ({"val_loss", "val_mle"} if record["step"] % 10 == 0 else set())
+    if importlib.util.find_spec("tensorboard"):
+        assert os.listdir(f"{config.out}/tensorboard")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_each_objective_is_its_setting_of_the_subset_loss(config, objective):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 30, generator=generator)
+    target = torch.randint(4, 30, (3, 5), generator=generator)
+    target[1, 3:] = -100
+    loss = make_loss(_with(config, objective=objective, mle_weight=0.25, label_smoothing=0.0))(logits, target)
+    mle = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    smile = F_cap.subset_cross_entropy(logits, target)
+    reverse = F_cap.subset_cross_entropy(logits, target, subset="reverse")
+    expected = {"mle": mle, "smile": smile, "smile+mle": 0.25 * mle + 0.75 * smile, "resmile": reverse}
+    torch.testing.assert_close(loss, expected[objective])
+    assert set(expected) == set(OBJECTIVES)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+def test_accumulating_4_times_8_is_one_batch_of_32(scenes, tmp_path, objective):
+    gradients = []
+    for accumulate in (1, 4):
+        config = TrainConfig(
+            data=scenes, out=str(tmp_path / str(accumulate)), objective=objective, dropout=0.0, clip=1e9,
+            **{**SMALL, "batch_size": 32, "accumulate": accumulate},
+        )  # fmt: skip
+        trainer = Trainer(config, progress=False)
+        trainer.model.double()  # so that only the sum's order is left to differ, by 1e-13
+        batch = next(iter(trainer._loader))
+        batch["images"] = batch["images"].double()
+        tokens = [int((part != -100).sum()) for part in batch["target"].chunk(4)]
+        assert len(tokens) == 4 and len(set(tokens)) > 1  # so a mean of means would differ
+        trainer._began = time.perf_counter()
+        record = trainer._train_step(0, batch)
+        gradients.append((record["loss"], [p.grad.clone() for p in trainer.model.parameters()]))
+    (loss, whole), (other, parts) = gradients
+    assert other == pytest.approx(loss, rel=1e-6)
+    for one, part in zip(whole, parts, strict=True):
+        torch.testing.assert_close(part, one, rtol=1e-9, atol=1e-10 * one.abs().max().item())
+
+
+def test_the_validation_loss_is_the_mean_over_all_its_tokens(config):
+    losses = []
+    for batch_size in (4, 64):
+        changes = {
+            "batch_size": batch_size,
+            "validate_batches": 64,
+            "validate_every": 1,
+            "out": f"{config.out}{batch_size}",
+        }
+        losses.append(Trainer(_with(config, objective="mle", **changes), progress=False).validate())
+    assert losses[0]["val_loss"] == pytest.approx(losses[1]["val_loss"], rel=1e-5)
+    assert losses[0]["val_mle"] == pytest.approx(losses[0]["val_loss"], rel=1e-6)
+
+
+def test_the_learning_rate_rises_and_falls(config):
+    config = _with(config, steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(config, step) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10] == 1.0 and rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.001
+    assert learning_rate(_with(config, warmup=0), 1) == 1.0
+    assert learning_rate(_with(config, warmup=500), 100) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_bitwise_uninterrupted(config, workers):
+    config = _with(config, steps=20, dropout=0.3, workers=workers)  # 15 steps an epoch
+    whole = _quiet(config)
+    halted = _with(config, out=config.out + "-halted")
+
+    def stop(trainer, record):
+        if record["step"] in (6, 17):
+            trainer.stop()
+
+    first = _quiet(halted, callbacks=[stop])
+    assert first.interrupted and first.step == 6
+    torch.rand(1000)  # whatever else happens between
+    second = _quiet(halted, resume=True, callbacks=[stop])
+    assert second.interrupted and second.step == 17
+    third = _quiet(halted, resume=True)
+    assert third.step == 20 and not third.interrupted
+    assert _equal(_weights(third.model), _weights(whole.model))
+    kept = ("step", "epoch", "loss", "lr", "grad_norm")
+    assert [[r[k] for k in kept] for r in _log(halted)] == [[r[k] for k in kept] for r in _log(config)]
+
+
+def test_resuming_after_a_crash_repeats_the_lost_steps_and_logs_each_once(config):
+    config = _with(config, steps=12, checkpoint_every=4, dropout=0.3)
+    whole = _quiet(config)
+    crashed = _with(config, out=config.out + "-crashed")
+
+    def crash(trainer, record):
+        if record["step"] == 7:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        _quiet(crashed, callbacks=[crash])
+    assert [record["step"] for record in _log(crashed)] == list(range(1, 8))
+    with open(f"{crashed.out}/log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # cut short
+    result = _quiet(crashed, resume=True)
+    assert _equal(_weights(result.model), _weights(whole.model))
+    assert [record["step"] for record in _log(crashed)] == list(range(1, 13))
+
+
+def test_every_random_generator_is_restored():
+    import random
+
+    import numpy as np
+
+    state = json.loads(json.dumps(checkpoint.random_state()))
+    drawn = [(random.gauss(0, 1), np.random.randn(), torch.rand(1).item()) for _ in range(3)]
+    checkpoint.set_random_state(state)
+    assert drawn == [(random.gauss(0, 1), np.random.randn(), torch.rand(1).item()) for _ in range(3)]
+
+
+def test_ctrl_c_saves_a_checkpoint_to_resume_from_bit_for_bit(config):
+    config = _with(config, steps=300, dropout=0.3, workers=1)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in config.to_dict().items() if value is not None]
+    command = [sys.executable, "-c", "from fastcap.cli import main; main()", "train"]
+    environment, work = {**os.environ, "OMP_NUM_THREADS": "1"}, os.path.dirname(config.out)
+    process = subprocess.Popen(
+        [*command, *options], env=environment, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while process.poll() is None and not (os.path.exists(f"{config.out}/log.jsonl") and len(_log_lines(config)) > 3):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err and "SIGINT: finishing step" in err
+    assert f"go on with: fastcap train --out {config.out} --resume" in out
+    stopped = len(_log_lines(config))
+    assert 3 < stopped < 300
+    resumed = subprocess.run(
+        [*command, "--out", config.out, "--resume"], env=environment, cwd=work, capture_output=True, text=True
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed at step {stopped} of 300" in resumed.stderr
+    assert [record["step"] for record in _log(config)] == list(range(1, 301))
+    whole = _quiet(_with(config, out=config.out + "-whole", workers=0))
+    assert _equal(_weights(models.load(checkpoint.find(config.out))), _weights(whole.model))
+
+
+def _log_lines(config):
+    with open(f"{config.out}/log.jsonl", encoding="utf-8") as file:
+        return file.readlines()
+
+
+def test_a_checkpoint_is_complete_and_holds_no_pickle(config, tmp_path):
+    result = _quiet(config)
+    files = sorted(file.name for file in result.checkpoint.iterdir())
+    assert files == ["model.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "trainer.json"]
+    moved = result.checkpoint.rename(tmp_path / "elsewhere")
+    captioner = Captioner.load(moved)
+    assert _equal(_weights(captioner.model), _weights(result.model))
+    assert captioner.tokenizer.vocab_size == result.tokenizer.vocab_size
+
+
+def test_only_the_newest_checkpoints_are_kept_and_last_points_to_one(config):
+    config = _with(config, checkpoint_every=2, keep=2)
+    result = _quiet(config)
+    folder = result.checkpoint.parent
+    assert sorted(file.name for file in folder.iterdir()) == ["last", "step-00000006", "step-00000008"]
+    assert checkpoint.find(config.out) == result.checkpoint == folder / "step-00000008"
+
+
+def test_a_checkpoint_that_was_not_finished_does_not_count(config, monkeypatch):
+    config = _with(config, checkpoint_every=4)
+
+    def torn(*args):
+        if len(saved) == 1:
+            raise OSError("disk full")
+        saved.append(args)
+        return real(*args)
+
+    real, saved = checkpoint._save_optimizer, []
+    monkeypatch.setattr(checkpoint, "_save_optimizer", torn)
+    with pytest.raises(OSError):
+        _quiet(config)
+    assert checkpoint.find(config.out).name == "step-00000004"
+    monkeypatch.undo()
+    assert _quiet(config, resume=True).step == 8
+    assert not list(checkpoint.find(config.out).parent.glob(".*"))
+
+
+def test_init_from_starts_with_the_weights_and_words_of_a_checkpoint(config):
+    first = _quiet(config)
+    second = _with(config, out=config.out + "-smile", objective="smile", init_from=config.out, width=999)
+    trainer = Trainer(second, progress=False)
+    assert _equal(_weights(trainer.model), _weights(first.model))
+    assert trainer.step == 0 and not trainer.optimizer.state
+    assert trainer.config.width == 16
+    trainer.run()
+    assert Captioner.load(second.out).tokenizer.vocab_size == first.tokenizer.vocab_size
+    assert _quiet(second, resume=True).step == 8  # finished: nothing left to do
+
+
+def test_another_loss_can_stand_in(config):
+    shapes = []
+
+    def loss_fn(logits, target):
+        shapes.append((logits.shape[:2], target.shape))
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    replaced = _quiet(_with(config, objective="smile"), loss_fn=loss_fn)
+    assert len(shapes) == 8 and all(one == other for one, other in shapes)
+    plain = _quiet(_with(config, out=config.out + "-mle", objective="mle"))
+    assert replaced.loss == pytest.approx(plain.loss, rel=1e-4)
+
+
+def test_bf16_trains_on_the_cpu(config):
+    result = _quiet(_with(config, precision="bf16"))
+    assert math.isfinite(result.loss) and next(result.model.parameters()).dtype == torch.float32
+
+
+def test_a_backbone_trains_and_its_checkpoint_needs_it_no_more(config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    config = _with(config, encoder=str(tmp_path / "vit"), steps=3)
+    frozen = _weights(models.BackboneEncoder(str(tmp_path / "vit")))
+    result = _quiet(config)
+    (tmp_path / "vit").rename(tmp_path / "gone")
+    assert _equal(_weights(Captioner.load(config.out).model.encoder), frozen)
+    assert _quiet(config, resume=True).step == result.step
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_change(config):
+    def loss_fn(logits, target):
+        return logits.mean() * (math.nan if len(_log(config)) == 5 else 1.0)
+
+    with pytest.raises(FastcapError) as caught:
+        _quiet(_with(config, checkpoint_every=4), loss_fn=loss_fn)
+    text = str(caught.value)
+    assert text.startswith("fastcap.train: loss of step 6 must be finite, got nan; lower --lr (it was ")
+    assert text.endswith("the last checkpoint is " + str(checkpoint.find(config.out)))
+    assert len(_log(config)) == 5
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(config):
+    trainer = Trainer(config, progress=False, loss_fn=lambda logits, target: (logits * 0).sum().sqrt())
+    before = _weights(trainer.model)
+    with pytest.raises(FastcapError, match="grad_norm of step 1 must be finite, got nan; lower --lr"):
+        trainer.run()
+    assert _equal(_weights(trainer.model), before)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(config):
+    result = _quiet(config)
+    before = _log(config)
+    with pytest.raises(FastcapError) as caught:
+        _quiet(config)
+    assert str(caught.value) == (
+        f"fastcap.train: out must be a new folder, got {config.out!r}; "
+        f"it holds a run at {result.checkpoint.name}: add --resume to go on with it, or name another folder"
+    )
+    assert _log(config) == before
+
+
+def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
+    _quiet(config)
+    with pytest.raises(FastcapError, match="lr must stay 0.002, as the run began, got 0.5; leave it out"):
+        _quiet(_with(config, lr=0.5), resume=True)
+    data.write_scenes(tmp_path / "other", num_images=40, seed=1)
+    with pytest.raises(FastcapError, match="data must hold the .* captions that the run began with"):
+        _quiet(_with(config, data=str(tmp_path / "other")), resume=True)
+    with pytest.raises(FastcapError, match="out must hold a checkpoint to resume, got .*; start a new run without"):
+        _quiet(_with(config, out=str(tmp_path / "empty")), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', got 'rl'; pass obj"),
+        ({"model": "vit"}, "model must be one of 'show-attend-tell', got 'vit'; pass model='show-attend-tell'"),
+        ({"precision": "int8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'int8'; pass precision='fp32'"),
+        ({"steps": 0}, "steps must be at least 1, got 0; pass steps=1 or more"),
+        ({"steps": 1.5}, "steps must be an integer, got 1.5; pass an integer"),
+        ({"steps": True}, "steps must be an integer, got True; pass an integer"),
+        ({"lr": -1.0}, "lr must be positive and finite, got -1.0; pass lr=0.002"),
+        ({"lr": math.nan}, "lr must be positive and finite, got nan; pass lr=0.002"),
+        ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0; pass a share such as dropout=0.1"),
+        ({"accumulate": 17}, "accumulate must be at most batch_size=16, got 17; pass a smaller number"),
+        ({"warmup": -1}, "warmup must be at least 0, got -1; pass warmup=0 or more"),
+        ({"data": ""}, "data must not be empty, got ''; pass --data"),
+        ({"init_from": 3}, "init_from must be a string, got 3; pass a string"),
+    ],
+)
+def test_bad_settings_are_named(config, change, message):
+    with pytest.raises(FastcapError) as caught:
+        _with(config, **change)
+    assert str(caught.value).startswith(f"fastcap.train: {message}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16' on cpu, got 'fp16'; pass --precision bf16"),
+        ({"device": "abacus"}, "device must be one that torch can use here, got 'abacus'; pass --device auto, or cpu"),
+        ({"init_from": "nowhere"}, "checkpoint must be a checkpoint or the folder of a run, got 'nowhere'"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_before_anything_is_written(config, change, message):
+    with pytest.raises(FastcapError) as caught:
+        _quiet(_with(config, **{"device": "cpu", **change}))
+    assert str(caught.value).startswith(f"fastcap.train: {message}")
+    assert not os.path.exists(config.out)
+
+
+def test_data_without_a_validation_split_trains_only_without_validation(config, scenes, tmp_path):
+    (file,) = (f for f in os.listdir(scenes) if f.endswith(".json"))
+    with open(f"{scenes}/{file}", encoding="utf-8") as handle:
+        document = json.load(handle)
+    document["images"] = [image for image in document["images"] if image["split"] == "train"]
+    for image in document["images"]:
+        image["filepath"] = f"{scenes}/images"
+    (tmp_path / "dataset_part.json").write_text(json.dumps(document))
+    config = _with(config, data=str(tmp_path), steps=2)
+    with pytest.raises(FastcapError, match="or train without validation: --validate-every 0"):
+        _quiet(_with(config, validate_every=1))
+    assert _quiet(config).val_loss is None
