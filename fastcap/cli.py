@@ -42,7 +42,7 @@ def app() -> Any:
     data.command("emoji")(emoji)
     made.add_typer(data, name="data")
     passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    made.command("demo", context_settings=passed_on)(demo)
+    made.command("demo")(demo)
     made.command("bench", context_settings=passed_on)(bench)
     made.command("doctor")(doctor)
     return made
@@ -206,11 +206,16 @@ def _say_written(summary: Any) -> None:
         print(f"left out {len(summary.skipped)}, the first: {name} ({reason})")
 
 
-def demo(context: typer.Context) -> None:
-    """Train with MLE, then with SMILE, on generated pictures, and compare: `fastcap demo --help`."""
-    from fastcap.train.demo import main as run
+def demo(
+    data: Annotated[str, typer.Option(help="emoji, scenes, or auto: emoji where a colour emoji font is installed")] = "auto",
+    out: Annotated[str, typer.Option(help="folder for data, runs, numbers and pictures")] = "build/demo",
+    seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
+    scale: Annotated[float, typer.Option(help="factor on the numbers of steps")] = 1.0,
+) -> None:
+    """Train with MLE, then with SMILE, masked and by fastcap, on pictures made here; compare losses, time and captions."""
+    from fastcap.train.demo import run
 
-    run(context.args)
+    run(data, out, seed=seed, scale=scale)
 
 
 def bench(context: typer.Context) -> None:

@@ -301,6 +301,17 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(name, case, gpu):
 
 
 @pytest.mark.gpu
+@every_case(COMPILED)
+def test_compiled_on_the_gpu_without_a_graph_break_gives_the_same(name, case, gpu):
+    torch._dynamo.reset()
+    operation, arguments = OPERATIONS[name], case.to(torch.float32, gpu.device)
+    compiled = torch.compile(operation.function, fullgraph=True)
+    eager = evaluate(operation, arguments, gpu.backend)
+    traced = evaluate(operation, arguments, gpu.backend, function=compiled)
+    torch.testing.assert_close(traced, eager, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
 @every_operation
 def test_kernels_run_in_the_current_stream(name, gpu):
     """The inputs are made late in a side stream: a kernel in the default stream would read them too early."""

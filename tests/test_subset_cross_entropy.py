@@ -323,6 +323,18 @@ def test_random_ids_are_those_of_the_seed_and_uniform():
     assert torch.equal(unseeded, _subset.random_ids(1, 2, 9, 10**6, None, torch.device("cpu")))
 
 
+def test_random_ids_are_drawn_anew_at_each_call_compiled_or_not(target):
+    torch._dynamo.reset()
+    x, y = torch.randn(2, 6, 50).to(target.device), torch.randint(50, (2, 6)).to(target.device)
+
+    def call(x):
+        return F_cap.subset_cross_entropy(x, y, subset="random", num_random=3, reduction="sum")
+
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        with fastcap.backend(target.backend):
+            assert len({function(x).item() for _ in range(4)}) == 4
+
+
 # Laws ------------------------------------------------------------------------------------------------------------------
 
 

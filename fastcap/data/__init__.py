@@ -23,6 +23,7 @@ _HOME = {
     "find_font": "emoji",
     "write_emoji": "emoji",
     "KarpathyDataset": "karpathy",
+    "read_pixels": "karpathy",
     "CaptionTokenizer": "tokenizer",
     "ShuffledBatches": "batching",
     "collate": "batching",

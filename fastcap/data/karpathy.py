@@ -154,15 +154,7 @@ class KarpathyDataset(Dataset):
         key = record["path"]
         if key in self._cache:
             return self._cache[key]
-        with self._image.open(record["path"]) as image:
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = self._image.new("RGBA", image.size, "white")
-                white.alpha_composite(image)
-                image = white
-            size = (self.image_size, self.image_size)
-            rgb = image.convert("RGB")
-            pixels = np.asarray(rgb if rgb.size == size else rgb.resize(size, self._image.Resampling.BICUBIC))
+        pixels = read_pixels(record["path"], self.image_size)
         if len(self._cache) < self._room:
             self._cache[key] = pixels
         return pixels
@@ -176,6 +168,19 @@ class KarpathyDataset(Dataset):
         # A copy: the cache's pixels must not be shared with a tensor that someone may write to.
         image = torch.tensor(pixels).permute(2, 0, 1).to(torch.float32) / 255
         return (image - self._mean) / self._std
+
+
+def read_pixels(path: str | Path, size: int) -> np.ndarray:
+    """A picture file as uint8 RGB [size, size, 3]: transparent pictures on white, resized bicubically with antialiasing.
+
+    Raises what Pillow raises for a file that is missing or no picture.
+    """
+    Image = require("PIL.Image", _OP)
+    with Image.open(path) as image:
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        rgb = image.convert("RGB")
+        return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))
 
 
 class ImagesView(Dataset):

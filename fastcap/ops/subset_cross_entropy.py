@@ -280,7 +280,8 @@ def subset_cross_entropy(
         z_loss=z_loss, num_random=num_random, seed=seed, reduction=reduction,
     )  # fmt: skip
     device = input.device.type
-    out_dtype = torch.float32 if torch.is_autocast_enabled(device) and input.dtype != torch.float64 else input.dtype
+    widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    out_dtype = torch.float32 if widened else input.dtype
     backend = _backend.select(OP, device)
     if backend != "cpp":  # which checks values as it reads them
         _subset.check_values(OP, target, ids, V, options)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -50,14 +49,8 @@ class Captioner:
 
     def read(self, path: str | Path) -> Tensor:
         """A picture file as the model takes it, [3, S, S] in [-1, 1]; transparent pictures lie on white."""
-        from PIL import Image
-
         try:
-            with Image.open(path) as image:
-                if "A" in image.getbands() or "transparency" in image.info:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-                size = (self.image_size, self.image_size)
-                pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+            pixels = data.read_pixels(path, self.image_size)
         except FileNotFoundError as error:
             raise bad("caption", "image", "be a file", str(path), "check the path") from error
         except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, ...

@@ -117,7 +117,7 @@ def run(dataset: str = "auto", out: str | Path = "build/demo", *, seed: int = 0,
         FastcapError: an argument is wrong, or no emoji font is found where "emoji" was asked for.
     """
     if dataset not in ("auto", *PLANS):
-        raise bad("demo", "dataset", "be one of 'auto', 'emoji', 'scenes'", dataset, "pass auto")
+        raise bad("demo", "data", "be one of 'auto', 'emoji', 'scenes'", dataset, "pass auto")
     if not 0 < scale <= 100:
         raise bad("demo", "scale", "be in (0, 100]", scale, "pass 1")
     from . import demo_report as report
@@ -213,8 +213,8 @@ def _captions(result: TrainResult, items: list[dict]) -> list[str]:
 
 
 def _scores(dataset: str, captions: list[str], items: list[dict]) -> dict[str, float]:
-    """Diversity, and precision beside it, for length alone is cheap: of facts on scenes; on emoji of words, a word being right
-    if any reference of the picture has it."""
+    """Diversity, and precision beside it, for length alone is cheap: of facts on scenes; on emoji of words, right
+    if any reference of the picture has them."""
     scores = diversity(captions)
     if dataset == "scenes":
         return {**scores, **data.score_captions(captions, [item["extras"]["facts"] for item in items])}
