@@ -30,7 +30,7 @@ from .loop import TrainResult, train
 
 # MLE steps, SMILE steps with fastcap, of which compared with the masked formulation, and test pictures; for 2 CPU cores.
 # On emoji, 3,051 pictures with 8,345 captions, more MLE steps than these overfit.
-PLANS = {"emoji": (300, 200, 60, 300), "scenes": (2500, 400, 60, 300)}
+PLANS = {"emoji": (300, 200, 60, 300), "scenes": (3500, 400, 60, 300)}
 SMILE_LR, SMILE_WARMUP = 2e-4, 50
 
 

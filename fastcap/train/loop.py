@@ -132,7 +132,7 @@ class Trainer:
         logs.append(self._progress)
         self._began = time.perf_counter()
         try:
-            with setup.interrupts(self.stop):
+            with setup.interrupts(self._interrupt):
                 for epoch, batch in self._batches():
                     record = self._train_step(epoch, batch)
                     if self._due(config.validate_every):
@@ -155,6 +155,9 @@ class Trainer:
     def stop(self, reason: str = "stop") -> None:
         """Ends the run, with a checkpoint, after the step that is under way."""
         self._stopped = reason
+
+    def _interrupt(self, reason: str) -> None:
+        self.stop(reason)
         self._progress.note(f"{reason}: finishing step {self.step + 1}, then saving; once more to stop without saving")
 
     def _due(self, every: int) -> bool:
