@@ -46,6 +46,13 @@ def find_nvcc() -> "str | None":
     return nvcc
 
 
+def usable_archs(nvcc: str) -> "list[str]":
+    """Those asked for that this nvcc knows: compute capability 10.0 came with CUDA 12.8."""
+    wanted = os.environ.get("FASTCAP_ARCHS", "80;90;100").split(";")
+    shown = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in wanted if f"compute_{arch}" in shown.split()] or wanted
+
+
 def cuda_library_dirs(nvcc: str) -> "list[str]":
     """Where nvcc itself links from: it may be a wrapper far from its toolkit."""
     shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -67,19 +74,25 @@ class BuildExt(build_ext):
                 ext.extra_compile_args.append("-fopenmp")
                 ext.extra_link_args.append("-fopenmp")
         objects = []
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = []
-            if nvcc:
-                archs = os.environ.get("FASTCAP_ARCHS", "80;90;100").split(";")
-                ext.define_macros.append(("FASTCAP_WITH_CUDA", f'"{" ".join("sm_" + a for a in archs)}"'))
-                jobs += [pool.submit(self.compile_cuda, nvcc, s, archs) for s in cuda_sources]
-            jobs += [pool.submit(self.compile_cpp, ext, s) for s in sources]
-            for job in jobs:
-                objects += job.result()
-        ext.sources, ext.extra_objects = [], objects
+        archs = usable_archs(nvcc) if nvcc else []
         if nvcc:
-            ext.library_dirs += cuda_library_dirs(nvcc)
+            try:
+                for source in cuda_sources:
+                    objects += self.compile_cuda(nvcc, source, archs)
+                libraries = cuda_library_dirs(nvcc)
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("FASTCAP_CUDA") == "1":
+                    raise
+                print(f"fastcap: leaving the CUDA kernels out, for nvcc failed: {error}", file=sys.stderr)
+                nvcc, objects = None, []
+        if nvcc:
+            ext.define_macros.append(("FASTCAP_WITH_CUDA", f'"{" ".join("sm_" + a for a in archs)}"'))
+            ext.library_dirs += libraries
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for compiled in pool.map(lambda source: self.compile_cpp(ext, source), sources):
+                objects += compiled
+        ext.sources, ext.extra_objects = [], objects
         super().build_extension(ext)
 
     def compile_cpp(self, ext, source):
@@ -104,21 +117,12 @@ class BuildExt(build_ext):
         return [str(output)]
 
     def run(self):
-        wanted = os.environ.get("FASTCAP_CUDA") == "1", os.environ.get("FASTCAP_EXTENSION") == "1"
         try:
             super().run()
-            return
         except Exception as error:
-            if any(wanted):
+            if os.environ.get("FASTCAP_CUDA") == "1" or os.environ.get("FASTCAP_EXTENSION") == "1":
                 raise
-            print(f"fastcap: building fastcap._C failed: {error}", file=sys.stderr)
-        # Neither a missing or too old compiler nor a broken nvcc must stop the installation: the reference needs neither.
-        os.environ["FASTCAP_CUDA"] = "0"
-        self.extensions = extensions()
-        try:
-            super().run()
-            print("fastcap: built fastcap._C without CUDA", file=sys.stderr)
-        except Exception as error:
+            # A missing or too old compiler must not stop the installation: the reference needs none.
             print(f"fastcap: installing without fastcap._C, the CPU kernels: {error}", file=sys.stderr)
             self.extensions = []
 

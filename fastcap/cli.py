@@ -29,6 +29,9 @@ def main() -> None:
     except FastcapError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that is a file, no permission, a full disk: it names the path
+        print(f"fastcap: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def app() -> Any:
@@ -215,7 +218,11 @@ def demo(
     """Train with MLE, then with SMILE, masked and by fastcap, on pictures made here; compare losses, time and captions."""
     from fastcap.train.demo import run
 
-    run(data, out, seed=seed, scale=scale)
+    try:
+        run(data, out, seed=seed, scale=scale)
+    except KeyboardInterrupt:
+        print("fastcap: the demo was interrupted; it starts anew next time", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def bench(context: typer.Context) -> None:

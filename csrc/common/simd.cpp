@@ -13,8 +13,8 @@ namespace fastcap {
 namespace simd {
 namespace {
 
-// exp by range reduction to |r| <= ln(2)/2 and a polynomial of degree 7 on it; error below 1 ulp plus the rounding of the
-// scale. Below -87.3 the result, subnormal at best, is 0. NaN stays NaN.
+// exp by range reduction to |r| <= ln(2)/2 and a polynomial of degree 7 on it; error about 1 ulp. Below -87.3 the result,
+// subnormal at best, is 0; above 88.4 it is inf. NaN stays NaN.
 FASTCAP_INLINE float exp_of(float x) {
   const float clamped = x < -87.3f ? -87.3f : (x > 88.7f ? 88.7f : x);
   const float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;

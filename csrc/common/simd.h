@@ -40,7 +40,7 @@ void add_scaled_exp(const double* x, double* out, int64_t n, double shift, doubl
 void softcap(float* x, int64_t n, float cap);
 void softcap(double* x, int64_t n, double cap);
 
-// out_i *= scale * (1 - (z_i / cap)^2): the chain rule of softcap, z being capped
+// out_i *= 1 - (z_i / cap)^2: the chain rule of softcap, z being capped
 void softcap_chain(const float* z, float* out, int64_t n, float cap);
 void softcap_chain(const double* z, double* out, int64_t n, double cap);
 

@@ -259,12 +259,14 @@ void backward(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOp
     if (y >= begin && y < begin + n) out[y - begin] -= d;
   };
 
-  const auto rows = [&](int64_t begin_row, int64_t end_row) {
+  // A piece of the gradient, [begin_flat, end_flat) of its N * V elements: columns [first, last) of each row that it meets.
+  const auto piece = [&](int64_t begin_flat, int64_t end_flat) {
     Ids ids;
     std::vector<int64_t> excluded;
     Acc buffer[simd::kBlock], dz[simd::kBlock], dz_rest[simd::kBlock];
-    for (int64_t i = begin_row; i < end_row; ++i) {
+    for (int64_t i = begin_flat / V; i * V < end_flat; ++i) {
       const int64_t b = i / T_, t = i % T_;
+      const int64_t first = std::max<int64_t>(begin_flat - i * V, 0), last = std::min(end_flat - i * V, V);
       T* dx = args.dinput.as<T>() + i * V;
       const Acc g = (o.reduction == 0 ? at<Acc>(args.grad_out, b, t) : *args.grad_out.as<Acc>()) * *args.inv_denom.as<Acc>();
       Acc stats[kNumStats] = {};
@@ -272,10 +274,10 @@ void backward(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOp
         for (int j = 0; j < kNumStats; ++j) stats[j] = args.stats.as<Acc>()[j * N + i];
       const bool full = stats[kAF] != 0 || stats[kDF] != 0, rest = stats[kAS] != 0 || stats[kDS] != 0;
       if (!full && !rest) {
-        std::memset(static_cast<void*>(dx), 0, V * sizeof(T));
+        std::memset(static_cast<void*>(dx + first), 0, (last - first) * sizeof(T));
         for (int64_t c = 0; c < C; ++c) {
           const int32_t col = args.cols.as<int32_t>()[i * C + c];
-          if (col >= 0) store(dx + col, g * args.dset.as<Acc>()[i * C + c]);
+          if (col >= first && col < last) store(dx + col, g * args.dset.as<Acc>()[i * C + c]);
         }
         continue;
       }
@@ -286,9 +288,9 @@ void backward(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOp
         ids.refresh(args.ids, o.ids_pad, b, t);
         ids.excluded_from(y, excluded);
       }
-      auto next = excluded.begin();
-      for (int64_t begin = 0; begin < V; begin += simd::kBlock) {
-        const int64_t n = std::min(simd::kBlock, V - begin);
+      auto next = std::lower_bound(excluded.begin(), excluded.end(), first);
+      for (int64_t begin = first; begin < last; begin += simd::kBlock) {
+        const int64_t n = std::min(simd::kBlock, last - begin);
         const Acc* z = row.block(begin, n, buffer);
         std::fill(dz, dz + n, Acc(0));
         if (full) add_part(z, dz, begin, n, y, stats[kLseF], g * stats[kAF], g * stats[kSF], g * stats[kDF]);
@@ -310,7 +312,7 @@ void backward(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOp
       }
     }
   };
-  parallel_for(N, kRowsPerPiece, N * V < 16384 ? 1 : threads, rows);
+  parallel_for_pages(args.dinput.as<T>(), N * V, N * V < 16384 ? 1 : threads, piece);
 }
 
 }  // namespace

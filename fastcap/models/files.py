@@ -40,6 +40,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save` wrote, in evaluation mode."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -49,6 +50,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except FileNotFoundError as error:
         rule = "hold model.json and model.safetensors"
         raise bad("models", "folder", rule, str(folder), "pass a checkpoint folder") from error
+    except (ValueError, SafetensorError) as error:
+        rule = "hold a whole model.json and model.safetensors"
+        raise bad("models", "folder", rule, f"{folder} ({error})", "use an earlier checkpoint") from error
     model = build(config.pop("model"), **config)
     model.load_state_dict(weights)
     return model.to(device).eval()

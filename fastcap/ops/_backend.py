@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from fastcap.errors import BackendUnavailable, FastcapError, bad
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
 
-# What `auto` tries, by device, the fastest measured first; benchmarks/results holds the measurements.
+# What `auto` tries, by device. The CPU's order is measured (benchmarks/results); on a GPU Triton goes first until measured.
 AUTO = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 _chosen: str | None = None
@@ -68,13 +69,14 @@ def _find_status(name: str, interpreted: bool) -> Status:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return Status(False, "triton is not installed; pip install triton (Linux)")
+        if not interpreted and not any(shutil.which(c) for c in (os.environ.get("CC"), "gcc", "clang", "cc") if c):
+            return Status(False, "triton needs a C compiler for its launchers, and finds none; install gcc")
         if not torch.cuda.is_available() and not interpreted:
             return Status(False, "torch sees no CUDA GPU; run on one, or set TRITON_INTERPRET=1 to test on the CPU")
         return Status(True, "interpreted on the CPU" if interpreted else "compiled at the first call of each kind")
     if isinstance(built, ImportError) or built.cuda is None:
-        return Status(
-            False, "fastcap._C was built without CUDA; install the CUDA toolkit (nvcc) and pip install fastcap again"
-        )
+        missing = "fastcap._C was built without CUDA, for nvcc was missing or failed"
+        return Status(False, f"{missing}; install the CUDA toolkit and then fastcap again")
     if not torch.cuda.is_available():
         return Status(False, f"torch sees no CUDA GPU (the kernels are built, for {built.cuda}); run on a machine with one")
     return Status(True, f"fastcap._C for {built.cuda}")

@@ -43,7 +43,7 @@ def check_number(op: str, name: str, value: object, low: float, high: float, rem
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...], remedy: str) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise bad(op, name, f"be one of {', '.join(repr(c) for c in choices)}", value, remedy)
 
 

@@ -35,10 +35,9 @@ def reference(
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     valid = target != ignore_index
     y = target.masked_fill(~valid, 0).unsqueeze(-1)
-    z = input.to(acc)
+    z = input.to(acc).masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row may hold anything, NaN too
     if logit_softcap > 0:
         z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z.masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row may hold anything, and must not turn a gradient into NaN
     w = torch.ones(V, dtype=acc, device=input.device) if weight is None else weight
 
     def part(allowed: Tensor) -> Tensor:
@@ -218,12 +217,13 @@ def subset_cross_entropy(
 ) -> Tensor:
     """Cross-entropy with the softmax over a subset of the vocabulary: SMILE by default.
 
-    Equivalent to, with `allowed` [B, T, V] the candidates of each token (here for subset="caption")::
+    Equivalent, for subset="caption" and first_token="subset", to::
 
         allowed = torch.zeros(B, V + 1, dtype=torch.bool).scatter(1, target.where(target >= 0, V), True)[:, None, :V]
         loss = F.cross_entropy(input.masked_fill(~allowed, -inf).flatten(0, 1), target.flatten())
 
-    but the logits outside the subset are never read, and nothing of size [B, T, V] is made except the gradient.
+    (first_token="full" allows all of V to the first valid token of each caption), but the logits outside the subset are
+    never read, and nothing of size [B, T, V] is made except the gradient.
 
     Args:
         input: logits [B, T, V], float32, float64, float16 or bfloat16, any strides. [N, V] is one caption of N tokens: a
@@ -231,7 +231,8 @@ def subset_cross_entropy(
         target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`.
         subset: the candidates a token chooses from; its own target is always one of them, and repeats count once.
             "caption": the valid targets of its caption (SMILE). "full": the whole vocabulary; the function then is
-            `torch.nn.functional.cross_entropy` over the last dimension. "reverse": all words but the caption's (ReSMILE).
+            `torch.nn.functional.cross_entropy` of class indices over the last dimension (and 0 where all are ignored).
+            "reverse": all words but the caption's (ReSMILE).
             "random": `num_random` ids drawn per token. A tensor of ids, [K] for all or [B, K] per caption, padded with -1.
         first_token: "full" (as the authors' training code): the first valid token of each caption uses the whole
             vocabulary; "subset": no exception (the paper's formula).
@@ -252,10 +253,11 @@ def subset_cross_entropy(
     Raises:
         FastcapError: an argument breaks its rule; the message names it. On a CUDA device a target or id out of range gives
             a NaN loss, never a wrong read; FASTCAP_CHECK=1 turns that into the error, at the price of a synchronisation.
-        RuntimeError: in a double backward, which only the reference backend supports.
+        RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
 
-    Deterministic. Sums run in float32 (float64 for float64 input). Between forward and backward it keeps 8 bytes a candidate
-    and token, and the logits only where the whole vocabulary takes part (first tokens, `mle_weight`, "full", "reverse").
+    Deterministic. Sums run in float32 (float64 for float64 input). Between forward and backward it keeps 8 bytes a
+    candidate and token (12 in float64), and, only where the whole vocabulary takes part (first tokens,
+    `mle_weight`, "full", "reverse"), 32 bytes a token and the logits themselves.
 
     Source: Yue et al., Learning Descriptive Image Captioning via Semipermeable Maximum Likelihood Estimation
     (arXiv:2306.13460), section 3.2.

@@ -55,7 +55,7 @@ class Captioner:
             raise bad("caption", "image", "be a file", str(path), "check the path") from error
         except Exception as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, ...
             raise bad("caption", "image", "be a readable picture", str(path), f"leave it out ({error})") from error
-        return torch.tensor(pixels).permute(2, 0, 1).float() / 127.5 - 1
+        return (torch.tensor(pixels).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
     def files(
         self, paths: Iterable[str | Path], *, beam: int = 1, length_penalty: float = 0.0, batch_size: int = 64

@@ -55,7 +55,11 @@ def to_resume(out: str | Path) -> Path:
 
 def read(checkpoint: Path) -> dict[str, Any]:
     """`trainer.json` of a checkpoint."""
-    return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    try:
+        return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        rule = "hold a whole trainer.json"
+        raise bad("train", "checkpoint", rule, f"{checkpoint} ({error})", "use an earlier checkpoint") from error
 
 
 def read_config(checkpoint: Path) -> TrainConfig:
@@ -84,8 +88,13 @@ def save(
     for file in partial.iterdir():
         _flush(file)
     if final.exists():  # the same step again: a resumed run that was interrupted before its first step
-        shutil.rmtree(final)
-    os.replace(partial, final)
+        replaced = folder / f".{final.name}.replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+        os.replace(partial, final)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, final)
     pointer = folder / ".last.partial"
     pointer.write_text(final.name + "\n", encoding="utf-8")
     _flush(pointer)

@@ -66,7 +66,7 @@ class TrainConfig:
     tokenizer: str = _option("words", "words or wordpiece", "Words")
     min_count: int = _option(1, "words seen less often become unknown (words)", "Words")
     vocab_size: int = _option(8000, "tokens at most (wordpiece)", "Words")
-    max_length: int = _option(20, "words or pieces of a caption; the rest is cut", "Words")
+    max_length: int = _option(30, "words or pieces of a caption; the rest is cut", "Words")
 
     steps: int = _option(2000, "optimiser steps", "Optimiser")
     batch_size: int = _option(64, "captions a step", "Optimiser")
@@ -105,6 +105,8 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "seed", "workers", "validate_every", "checkpoint_every"):
             self._at_least(name, 0)
         self._at_least("vocab_size", 5)
+        if self.seed >= 2**63:
+            raise bad("train", "seed", "be less than 2**63", self.seed, "pass seed=0")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < float("inf"):
                 default = TrainConfig.__dataclass_fields__[name].default

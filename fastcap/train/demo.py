@@ -131,13 +131,16 @@ def run(dataset: str = "auto", out: str | Path = "build/demo", *, seed: int = 0,
     report.say(f"{summary.images} pictures of {dataset}, {summary.captions} captions, in {folder}")
 
     mle_steps, smile_steps, compared, tested = (max(2, round(n * scale)) for n in PLANS[dataset])
-    base = TrainConfig(data=str(folder), out=str(_fresh(out / "mle")), steps=mle_steps, seed=seed, checkpoint_every=0,
-                       precision="bf16")  # fmt: skip
+    # On the CPU wherever it runs: there the two formulations' trainings are deterministic, and their memory can be seen.
+    base = TrainConfig(
+        device="cpu", data=str(folder), out=str(_fresh(out / "mle")), steps=mle_steps, seed=seed, precision="bf16",
+        checkpoint_every=0,
+    )  # fmt: skip
     report.title(f"1. MLE, {mle_steps} steps")
-    mle = train(base)
+    mle = _unless_interrupted(train(base))
 
     smile = TrainConfig(
-        data=str(folder), out=str(out / "smile"), objective="smile", steps=smile_steps, seed=seed, lr=SMILE_LR,
+        device="cpu", data=str(folder), out=str(out / "smile"), objective="smile", steps=smile_steps, seed=seed, lr=SMILE_LR,
         warmup=SMILE_WARMUP, init_from=str(mle.checkpoint), validate_every=0, checkpoint_every=0,
     )  # fmt: skip
     report.title(f"2. SMILE from there, by the paper's masked formulation, {compared} steps")
@@ -171,13 +174,15 @@ def run(dataset: str = "auto", out: str | Path = "build/demo", *, seed: int = 0,
 def _choose(dataset: str) -> str:
     if dataset != "auto":
         return dataset
+    from fastcap.data.emoji import EmojiFont
+
     from . import demo_report as report
 
     try:
-        data.find_font()
+        EmojiFont(data.find_font())
         return "emoji"
     except FastcapError as error:
-        report.say(f"No colour emoji font, so on generated scenes. For real pictures: {error}")
+        report.say(f"No usable colour emoji font, so on generated scenes. For real pictures: {error}")
         return "scenes"
 
 
@@ -188,6 +193,12 @@ def _fresh(run: Path) -> Path:
     if (run / "log.jsonl").is_file():
         shutil.rmtree(run)
     return run
+
+
+def _unless_interrupted(result: TrainResult) -> TrainResult:
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
 
 
 def _formulation(config: TrainConfig, loss, out: Path, stop_after: int | None = None) -> tuple[Formulation, TrainResult]:
@@ -201,6 +212,8 @@ def _formulation(config: TrainConfig, loss, out: Path, stop_after: int | None = 
             trainer.stop("compared")
 
     result = train(dataclasses.replace(config, out=str(_fresh(out))), loss_fn=timed, callbacks=[note])
+    if stop_after is None or result.step < stop_after:
+        _unless_interrupted(result)
     made.milliseconds = statistics.median(timed.milliseconds)
     made.peak_bytes, _ = peak_extra(timed.step, "cpu")
     return made, result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,9 @@ class JsonLog:
         self._handle = file.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._handle.write(json.dumps(record) + "\n")
+        # fp16 may overflow and skip a step; JSON knows no inf
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in record.items()}
+        self._handle.write(json.dumps(finite) + "\n")
         self._handle.flush()
 
     def close(self) -> None:

@@ -268,6 +268,10 @@ class Trainer:
         )
         if self.step:
             self._progress.note(f"resumed at step {self.step} of {config.steps}")
+        longest = config.max_length
+        cut = sum(len(ids) > longest for ids in self.tokenizer.encode_batch(self._pairs.captions()))
+        if cut:
+            self._progress.note(f"cut {cut} captions after {longest} tokens (--max-length)")
         skipped = self._pairs.skipped
         if skipped:
             path, reason = skipped[0]

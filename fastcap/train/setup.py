@@ -146,8 +146,9 @@ def validation_sampler(config: TrainConfig, dataset: Dataset) -> list[list[int]]
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the trainer answers it and still needs its batches."""
+    """Ctrl-C and a scheduler's SIGTERM reach every process of the group; the trainer still needs its batches."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager
