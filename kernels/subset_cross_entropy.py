@@ -241,7 +241,7 @@ def _subset_cross_entropy_bwd_kernel(
     begin = i_n * V
     base = begin // ALIGN * ALIGN + i_v * BLOCK_V
     p_dx = dinput_ptr + base
-    before = base - begin  # the first column of this block
+    before = (base - begin).to(tl.int32)  # the first column of this block; columns fit 32 bits, and cost half the registers
     o_v = before + tl.arange(0, BLOCK_V)
     m_v = (o_v >= 0) & (o_v < V)
 
@@ -256,15 +256,15 @@ def _subset_cross_entropy_bwd_kernel(
         s_f, d_f = tl.load(stats_ptr + S_F * N + i_n), tl.load(stats_ptr + D_F * N + i_n)
         lse_r, a_r = tl.load(stats_ptr + LSE_S * N + i_n), tl.load(stats_ptr + A_S * N + i_n)
         s_r, d_r = tl.load(stats_ptr + S_S * N + i_n), tl.load(stats_ptr + D_S * N + i_n)
-        y = tl.load(target_ptr + i_b * target_strides[0] + i_t * target_strides[1])
+        y = tl.load(target_ptr + i_b * target_strides[0] + i_t * target_strides[1]).to(tl.int32)
         p_row = input_ptr + i_b * input_strides[0] + i_t * input_strides[1]
-        dense = (a_f != 0) | (d_f != 0) | (a_r != 0) | (d_r != 0)
+        dense = (a_f != 0) | (s_f != 0) | (d_f != 0) | (a_r != 0) | (s_r != 0) | (d_r != 0)
         if dense:
-            p_v = p_row + o_v * input_strides[2]
+            p_v = p_row + o_v.to(tl.int64) * input_strides[2]
             z = softcap(tl.load(p_v, mask=m_v, other=0.0).to(ACC), CAP)
             gone = o_v * 0
             if IS_REVERSE:
-                gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1).to(tl.int64)
+                gone = tl.load(excluded_ptr + i_b * V + o_v, mask=m_v, other=1).to(tl.int32)
             dz = dense_gradient(
                 z, o_v, y, gone, weight_ptr, V, lse_f, a_f, s_f, d_f, lse_r, a_r, s_r, d_r, CAP, IS_REVERSE, SMOOTH
             )
@@ -278,32 +278,12 @@ def _subset_cross_entropy_bwd_kernel(
         tl.debug_barrier()  # the block is written before its candidates are written over it
         for start in range(0, C, BLOCK_C):
             o_c = start + tl.arange(0, BLOCK_C)
-            cols = tl.load(cols_ptr + i_n * C + o_c, mask=o_c < C, other=-1).to(tl.int64)
+            cols = tl.load(cols_ptr + i_n * C + o_c, mask=o_c < C, other=-1)
             m_c = (cols >= 0) & (cols >= before) & (cols < before + BLOCK_V)
-            dx = tl.load(dset_ptr + i_n * C + o_c, mask=m_c, other=0.0)
-            if IS_DENSE:
-                if dense:
-                    z = softcap(tl.load(p_row + cols * input_strides[2], mask=m_c, other=0.0).to(ACC), CAP)
-                    dx += dense_gradient(
-                        z,
-                        cols,
-                        y,
-                        cols * 0,
-                        weight_ptr,
-                        V,
-                        lse_f,
-                        a_f,
-                        s_f,
-                        d_f,
-                        lse_r,
-                        a_r,
-                        s_r,
-                        d_r,
-                        CAP,
-                        False,
-                        SMOOTH,
-                    )
-            tl.store(p_dx + (cols - before), (g * dx).to(dinput_ptr.dtype.element_ty), mask=m_c)
+            dx = g * tl.load(dset_ptr + i_n * C + o_c, mask=m_c, other=0.0)
+            if IS_DENSE:  # added to what is there: cheaper in registers than to form it again
+                dx += tl.load(p_dx + (cols - before), mask=m_c, other=0.0).to(ACC)
+            tl.store(p_dx + (cols - before), dx.to(dinput_ptr.dtype.element_ty), mask=m_c)
 
 
 # Launchers -------------------------------------------------------------------------------------------------------------
@@ -334,7 +314,8 @@ def plan_subset_cross_entropy_fwd(
         IS_SET=is_set, IS_REVERSE=is_reverse, IS_FULL=options.kind == "full", FIRST_FULL=options.first_full,
         HAS_MLE=options.mle_weight > 0, SMOOTH=options.label_smoothing > 0, UNIQUE=K > MAX_PAIRED_IDS,
         NEED_GRAD=stats.numel() > 0 or cols.numel() > 0, ACC=_acc(input),
-        BLOCK_V=min(2048, triton.next_power_of_2(V)), BLOCK_K=_block(K, MAX_PAIRED_IDS), BLOCK_T=_block(T, 1024),
+        # "reverse" keeps the sums of two parts in registers
+        BLOCK_V=_block(V, 1024 if is_reverse else 2048), BLOCK_K=_block(K, MAX_PAIRED_IDS), BLOCK_T=_block(T, 1024),
     ), num_warps=8 if options.is_dense else 2)
     if not reduce:
         inv_denom.fill_(1.0)

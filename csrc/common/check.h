@@ -39,6 +39,8 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
     wanted << (i++ ? ", " : "") << size;
   }
   wanted << "]";
+  if (same && tensor.data == nullptr && tensor.numel() > 0)
+    bad(op, argument, "hold memory", "none", "pass a tensor on a real device");
   if (!same) bad(op, argument, wanted.str(), shape_of(tensor), "call the function in fastcap.functional, which shapes it");
 }
 

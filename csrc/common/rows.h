@@ -42,7 +42,10 @@ inline T at(const Tensor& tensor, int64_t i, int64_t j, int64_t k) {
 }
 
 inline double capped(double x, double cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
-inline float capped(float x, float cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
+inline float capped(float x, float cap) {
+  if (cap > 0) simd::softcap(&x, 1, cap);  // the same tanh as a block's, so that a logit equals itself
+  return x;
+}
 
 // The V logits of a row, capped, in blocks of simd::kBlock. Plain float rows are read in place.
 template <typename T>

@@ -14,6 +14,7 @@ void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const Sub
   if (args.input.ndim != 3) bad(kOp, "input", "have shape [B, T, V]", shape_of(args.input), "add a batch dimension");
   const int64_t B = args.input.sizes[0], T = args.input.sizes[1], V = args.input.sizes[2];
   const DType acc = args.input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  check_shape(kOp, "input", args.input, {B, T, V});
   if (V < 1 || V > std::numeric_limits<int32_t>::max())
     bad(kOp, "input", "have a vocabulary of 1 to 2^31 - 1 words", V, "check its last dimension");
   check_shape(kOp, "target", args.target, {B, T});
@@ -21,6 +22,7 @@ void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const Sub
   if (o.subset != Subset::kFull) {
     if (args.ids.ndim != 3 || args.ids.sizes[0] != B || (args.ids.sizes[1] != T && args.ids.sizes[1] != 1))
       bad(kOp, "subset", "have shape [B, T, K]", shape_of(args.ids), "pass ids of shape [K] or [B, K]");
+    check_shape(kOp, "subset", args.ids, {B, args.ids.sizes[1], args.ids.sizes[2]});
     check_dtype(kOp, "subset", args.ids, DType::kInt64);
   }
   if (args.weight) {
@@ -59,7 +61,10 @@ void check_subset_cross_entropy(const SubsetCrossEntropyBackward& args, const Su
   if (args.dinput.ndim != 3) bad(kOp, "dinput", "have shape [B, T, V]", shape_of(args.dinput), "add a batch dimension");
   const int64_t B = args.dinput.sizes[0], T = args.dinput.sizes[1], V = args.dinput.sizes[2];
   const DType acc = args.dinput.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  check_shape(kOp, "dinput", args.dinput, {B, T, V});
   check_contiguous(kOp, "dinput", args.dinput);
+  if (o.is_dense() && B * T > 0 && !args.stats)
+    bad(kOp, "stats", "be the forward's, for rows that use the whole vocabulary", "none", "pass the forward's stats");
   if (o.reduction == 0)
     check_shape(kOp, "grad_out", args.grad_out, {B, T});
   else
@@ -78,6 +83,7 @@ void check_subset_cross_entropy(const SubsetCrossEntropyBackward& args, const Su
     if (o.subset == Subset::kReverse) {
       if (args.ids.ndim != 3 || args.ids.sizes[0] != B)
         bad(kOp, "subset", "have shape [B, 1, K]", shape_of(args.ids), "pass the forward's ids");
+      check_shape(kOp, "subset", args.ids, {B, args.ids.sizes[1], args.ids.sizes[2]});
       check_dtype(kOp, "subset", args.ids, DType::kInt64);
     }
   }

@@ -272,7 +272,8 @@ void backward(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOp
       Acc stats[kNumStats] = {};
       if (args.stats)
         for (int j = 0; j < kNumStats; ++j) stats[j] = args.stats.as<Acc>()[j * N + i];
-      const bool full = stats[kAF] != 0 || stats[kDF] != 0, rest = stats[kAS] != 0 || stats[kDS] != 0;
+      const bool full = stats[kAF] != 0 || stats[kSF] != 0 || stats[kDF] != 0;
+      const bool rest = stats[kAS] != 0 || stats[kSS] != 0 || stats[kDS] != 0;
       if (!full && !rest) {
         std::memset(static_cast<void*>(dx + first), 0, (last - first) * sizeof(T));
         for (int64_t c = 0; c < C; ++c) {
@@ -331,6 +332,7 @@ void subset_cross_entropy_fwd_cpu(const SubsetCrossEntropyForward& args, const S
 void subset_cross_entropy_bwd_cpu(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOptions& options,
                                   int threads) {
   check_subset_cross_entropy(args, options);
+  if (options.subset == Subset::kReverse) check_ids(args.ids, "subset", options.ids_pad, args.dinput.sizes[2]);
   dispatch_floats(kOp, args.dinput.dtype, [&](auto t) { backward<decltype(t)>(args, options, threads); });
 }
 

@@ -253,7 +253,8 @@ __global__ void backward_kernel(SubsetCrossEntropyBackward args, Tensor excluded
     for (int j = 0; j < kNumStats; ++j) stats[j] = static_cast<const Acc*>(args.stats.data)[j * N + i];
     y = *at<int64_t>(args.target, b, t);
   }
-  const bool full = stats[kAF] != 0 || stats[kDF] != 0, rest = stats[kAS] != 0 || stats[kDS] != 0;
+  const bool full = stats[kAF] != 0 || stats[kSF] != 0 || stats[kDF] != 0;
+  const bool rest = stats[kAS] != 0 || stats[kSS] != 0 || stats[kDS] != 0;
   const T* row = full || rest ? at<T>(args.input, b, t) : nullptr;
   const uint8_t* gone = rest ? static_cast<const uint8_t*>(excluded.data) + b * V : nullptr;
   const auto dense = [&](int64_t v) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcap.errors import bad
 from fastcap.ops import _backend
 from fastcap.ops._subset import Options
 
@@ -13,6 +14,9 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 
 def _subset_options(options: Options):
+    for name, value, known in (("kind", options.kind, _KINDS), ("reduction", options.reduction, _REDUCTIONS)):
+        if value not in known:
+            raise bad("subset_cross_entropy", name, f"be one of {', '.join(known)}", value, "call the public function")
     fields = options._asdict()
     fields.update(subset=_KINDS[fields.pop("kind")], reduction=_REDUCTIONS[options.reduction])
     return _backend.extension().SubsetCrossEntropyOptions(**fields)

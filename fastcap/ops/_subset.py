@@ -90,8 +90,8 @@ def prepare(
     B, T = input.shape[:2]
     _checks.check_shape(op, "target", target, (B, T), "[B, T]", "shift and slice input and target alike")
     _checks.check_device(op, "target", target, input)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise bad(op, "ignore_index", "be an int", ignore_index, "pass -100")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -(2**63) <= ignore_index < 2**63:
+        raise bad(op, "ignore_index", "be an int of 64 bits", ignore_index, "pass -100")
     if isinstance(subset, Tensor):
         _checks.check_dtype(op, "subset", subset, (torch.int64,), "call subset.long()")
         if subset.dim() not in (1, 2) or (subset.dim() == 2 and subset.shape[0] != B):
@@ -106,7 +106,7 @@ def prepare(
     z_loss = _checks.check_number(op, "z_loss", z_loss, 0, float("inf"), "0 adds nothing")
     softcap = 0.0
     if logit_softcap is not None:
-        softcap = _checks.check_number(op, "logit_softcap", logit_softcap, 1e-30, float("inf"), "pass None for no cap")
+        softcap = _checks.check_number(op, "logit_softcap", logit_softcap, 1e-30, 1e30, "pass None for no cap")
     if not isinstance(num_random, int) or isinstance(num_random, bool) or num_random < 1:
         raise bad(op, "num_random", "be an int of at least 1", num_random, "the paper draws 10")
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):

@@ -35,14 +35,15 @@ def reference(
     acc = torch.float64 if input.dtype == torch.float64 else torch.float32
     valid = target != ignore_index
     y = target.masked_fill(~valid, 0).unsqueeze(-1)
-    z = input.to(acc).masked_fill(~valid.unsqueeze(-1), 0.0)  # an ignored row may hold anything, NaN too
-    if logit_softcap > 0:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
     w = torch.ones(V, dtype=acc, device=input.device) if weight is None else weight
 
-    def part(allowed: Tensor) -> Tensor:
-        zc = z.masked_fill(~allowed, -torch.inf)
-        lse = zc.logsumexp(-1)
+    def part(allowed: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.unsqueeze(-1)
+        # What takes no part may hold anything, NaN too, and must reach neither the loss nor a gradient: masked at once.
+        z = input.to(acc).masked_fill(~(allowed & rows), 0.0)
+        if logit_softcap > 0:
+            z = logit_softcap * torch.tanh(z / logit_softcap)
+        lse = z.masked_fill(~allowed & rows, -torch.inf).logsumexp(-1)
         w_y = w[y.squeeze(-1)]
         loss = (1 - label_smoothing) * w_y * (lse - z.gather(-1, y).squeeze(-1))
         if label_smoothing > 0:
@@ -54,20 +55,18 @@ def reference(
 
     everything = torch.ones(1, 1, V, dtype=torch.bool, device=input.device).expand(B, T, V)
     if kind == "full":
-        loss = part(everything)
+        loss = part(everything, valid)
     else:
         # V + 1 columns: the last one takes the pads and is cut off
         chosen = torch.zeros(B, T, V + 1, dtype=torch.bool, device=input.device)
         chosen.scatter_(-1, ids.masked_fill(ids == ids_pad, V).expand(B, T, -1), True)
         allowed = chosen[..., :V] if kind == "set" else ~chosen[..., :V]
-        loss = part(allowed.scatter(-1, y, True))
+        share = torch.full((B, T), mle_weight, dtype=acc, device=input.device)
+        if first_full:
+            share = share.masked_fill(_is_first(valid), 1.0)
+        loss = (1 - share) * part(allowed.scatter(-1, y, True), valid & (share < 1))
         if mle_weight > 0 or first_full:
-            share = torch.full((B, T), mle_weight, dtype=acc, device=input.device)
-            if first_full:
-                share = share.masked_fill(_is_first(valid), 1.0)
-            # where, not a product: 0 * inf is NaN
-            mixed = share * part(everything) + torch.where(share < 1, (1 - share) * loss, 0.0)
-            loss = torch.where(share > 0, mixed, loss)
+            loss = loss + share * part(everything, valid & (share > 0))
     if token_weight is not None:
         loss = loss * token_weight
     loss = torch.where(valid, loss, 0.0)
