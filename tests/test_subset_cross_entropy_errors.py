@@ -113,7 +113,7 @@ NUMBERS = {
     "mle_weight": ("be a number in [0, 1]", "0 is the subset loss alone, 1 is MLE alone", [-0.1, 1.1]),
     "label_smoothing": ("be a number in [0, 1]", "0 smooths nothing", [-1e-9, 2]),
     "z_loss": ("be a finite number of at least 0", "0 adds nothing", [-1.0]),
-    "logit_softcap": ("be a finite number of at least 1e-30", "pass None for no cap", [0, -30.0]),
+    "logit_softcap": ("be a number in [1e-30, 1e+30]", "pass None for no cap", [0, -30.0]),
 }
 for _name, (_rule, _remedy, _values) in NUMBERS.items():
     for _value in (*_values, nan, inf, -inf, True, "0.1", [0.1], 1j):

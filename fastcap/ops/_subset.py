@@ -90,8 +90,10 @@ def prepare(
     B, T = input.shape[:2]
     _checks.check_shape(op, "target", target, (B, T), "[B, T]", "shift and slice input and target alike")
     _checks.check_device(op, "target", target, input)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool) or not -(2**63) <= ignore_index < 2**63:
-        raise bad(op, "ignore_index", "be an int of 64 bits", ignore_index, "pass -100")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise bad(op, "ignore_index", "be an int", ignore_index, "pass -100")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise bad(op, "ignore_index", "fit 64 bits", ignore_index, "pass -100")
     if isinstance(subset, Tensor):
         _checks.check_dtype(op, "subset", subset, (torch.int64,), "call subset.long()")
         if subset.dim() not in (1, 2) or (subset.dim() == 2 and subset.shape[0] != B):
