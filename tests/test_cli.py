@@ -177,3 +177,18 @@ def test_help_imports_neither_transformers_nor_the_loop():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_leaves_a_run_that_it_did_not_make_alone(tmp_path):
+    from fastcap.errors import FastcapError
+    from fastcap.train.demo import _fresh
+
+    own = tmp_path / "mle"
+    own.mkdir()
+    (own / "log.jsonl").write_text("{}")
+    with pytest.raises(FastcapError, match="out must hold nothing but an earlier demo"):
+        _fresh(own)
+    assert (own / "log.jsonl").read_text() == "{}"
+    made = _fresh(tmp_path / "new")
+    (made / "log.jsonl").write_text("{}")
+    assert not (_fresh(made) / "log.jsonl").exists()

@@ -32,6 +32,7 @@ from .loop import TrainResult, train
 # On emoji, 3,051 pictures with 8,345 captions, more MLE steps than these overfit. SMILE's learning rate is low: two runs
 # whose sums are rounded differently drift apart, the faster the larger their steps.
 PLANS = {"emoji": (300, 250, 60, 300), "scenes": (3500, 400, 60, 300)}
+MARK = ".fastcap-demo"  # in the folders of runs that a demo made, and so may replace
 SMILE_LR, SMILE_WARMUP = {"emoji": 1e-4, "scenes": 2e-4}, 50
 
 
@@ -187,11 +188,15 @@ def _choose(dataset: str) -> str:
 
 
 def _fresh(run: Path) -> Path:
-    """`run`, emptied if it is an earlier demo's (it has a log of ours)."""
+    """`run`, emptied if an earlier demo made it (it left MARK); a run of someone else's is not touched."""
     import shutil
 
-    if (run / "log.jsonl").is_file():
+    if run.exists() and any(run.iterdir()):
+        if not (run / MARK).is_file():
+            raise bad("demo", "out", "hold nothing but an earlier demo", str(run), "pass another --out")
         shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / MARK).touch()
     return run
 
 
