@@ -191,6 +191,7 @@ def plan_subset_cross_entropy(B: int, T: int, V: int, dtype: torch.dtype, **opti
     input = torch.empty(B, T, V, dtype=dtype, device="meta")
     target = torch.empty(B, T, dtype=torch.int64, device="meta")
     ids, weight, token_weight, options = _subset.prepare("subset_cross_entropy", input, target, V, **{**given, **options})
+    ids = ids.expand(B, T, -1) if options.kind == "set" else ids
     out, inv_denom, stats, cols, dset = _fwd_outputs(input, ids, options, True)
     forward = kernels.plan_subset_cross_entropy_fwd(
         input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options

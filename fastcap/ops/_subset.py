@@ -62,18 +62,18 @@ def candidates(
 ) -> tuple[str, Tensor | None, int]:
     """(kind, ids, pad): kind "set" (choose from `ids` and the target), "reverse" (from all but `ids`) or "full".
 
-    ids broadcasts to [B, T, K] by strides of 0; `pad` marks an id that is none. Repeats stay in: kernels count them once.
+    ids is [B or 1, T or 1, K], a size of 1 where all share; `pad` marks an id that is none. Repeats stay in: kernels count
+    them once.
     """
     B, T = target.shape
     if isinstance(subset, Tensor):
-        ids = subset.unsqueeze(1).expand(B, T, -1) if subset.dim() == 2 else subset.expand(B, T, -1)
-        return "set", ids, -1
+        return "set", subset.unsqueeze(1) if subset.dim() == 2 else subset.view(1, 1, -1), -1
     if subset == "full":
         return "full", None, -1
     if subset == "random":
         return "set", random_ids(B, T, num_random, V, seed, target.device), -1
     if subset == "caption":
-        return "set", target.unsqueeze(1).expand(B, T, T), ignore_index
+        return "set", target.unsqueeze(1), ignore_index
     return "reverse", target.unsqueeze(1), ignore_index
 
 
@@ -148,3 +148,61 @@ def _factor(op: str, name: str, factor: Tensor, input: Tensor) -> Tensor:
         remedy = f"pass {name}.detach(), or multiply the loss of reduction='none' yourself"
         raise bad(op, name, "not require a gradient", "requires_grad=True", remedy)
     return factor
+
+
+def masked_loss(
+    logits: Tensor, target: Tensor, ids: Tensor | None, weight: Tensor | None, token_weight: Tensor | None, options: Options
+) -> Tensor:
+    """The losses by the masked formulation in plain torch, from logits [B, T, V]. O(B T V) memory; in the dtype of sums."""
+    kind, ids_pad, first_full, mle_weight, label_smoothing, logit_softcap, z_loss, ignore_index, reduction = options
+    B, T, V = logits.shape
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    valid = target != ignore_index
+    y = target.masked_fill(~valid, 0).unsqueeze(-1)
+    w = torch.ones(V, dtype=acc, device=logits.device) if weight is None else weight
+
+    def part(allowed: Tensor, rows: Tensor) -> Tensor:
+        rows = rows.unsqueeze(-1)
+        # What takes no part may hold anything, NaN too, and must reach neither the loss nor a gradient: masked at once.
+        z = logits.to(acc).masked_fill(~(allowed & rows), 0.0)
+        if logit_softcap > 0:
+            z = logit_softcap * torch.tanh(z / logit_softcap)
+        lse = z.masked_fill(~allowed & rows, -torch.inf).logsumexp(-1)
+        w_y = w[y.squeeze(-1)]
+        loss = (1 - label_smoothing) * w_y * (lse - z.gather(-1, y).squeeze(-1))
+        if label_smoothing > 0:
+            spread = (w * (lse.unsqueeze(-1) - z)).masked_fill(~allowed, 0.0).sum(-1)
+            loss = loss + label_smoothing * spread / allowed.sum(-1, dtype=acc)
+        if z_loss > 0:
+            loss = loss + z_loss * w_y * lse * lse
+        return loss
+
+    everything = torch.ones(1, 1, V, dtype=torch.bool, device=logits.device).expand(B, T, V)
+    if kind == "full":
+        loss = part(everything, valid)
+    else:
+        # V + 1 columns: the last one takes the pads and is cut off
+        chosen = torch.zeros(B, T, V + 1, dtype=torch.bool, device=logits.device)
+        chosen.scatter_(-1, ids.masked_fill(ids == ids_pad, V).expand(B, T, -1), True)
+        allowed = chosen[..., :V] if kind == "set" else ~chosen[..., :V]
+        share = torch.full((B, T), mle_weight, dtype=acc, device=logits.device)
+        if first_full:
+            share = share.masked_fill(_is_first(valid), 1.0)
+        loss = (1 - share) * part(allowed.scatter(-1, y, True), valid & (share < 1))
+        if mle_weight > 0 or first_full:
+            loss = loss + share * part(everything, valid & (share > 0))
+    if token_weight is not None:
+        loss = loss * token_weight
+    loss = torch.where(valid, loss, 0.0)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "mean":
+        denom = torch.where(valid, w[y.squeeze(-1)], 0.0).sum()
+        total = torch.where(denom != 0, total / torch.where(denom != 0, denom, 1.0), 0.0 * total)
+    return total
+
+
+def _is_first(valid: Tensor) -> Tensor:
+    """[B, T] bool: the first valid token of each caption."""
+    return valid & (valid.cumsum(-1) == 1)

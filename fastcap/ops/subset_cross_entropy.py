@@ -30,58 +30,7 @@ def reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """The masked formulation in plain torch, on any device, differentiable any number of times. O(B T V) memory."""
-    kind, ids_pad, first_full, mle_weight, label_smoothing, logit_softcap, z_loss, ignore_index, reduction = options
-    B, T, V = input.shape
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-    valid = target != ignore_index
-    y = target.masked_fill(~valid, 0).unsqueeze(-1)
-    w = torch.ones(V, dtype=acc, device=input.device) if weight is None else weight
-
-    def part(allowed: Tensor, rows: Tensor) -> Tensor:
-        rows = rows.unsqueeze(-1)
-        # What takes no part may hold anything, NaN too, and must reach neither the loss nor a gradient: masked at once.
-        z = input.to(acc).masked_fill(~(allowed & rows), 0.0)
-        if logit_softcap > 0:
-            z = logit_softcap * torch.tanh(z / logit_softcap)
-        lse = z.masked_fill(~allowed & rows, -torch.inf).logsumexp(-1)
-        w_y = w[y.squeeze(-1)]
-        loss = (1 - label_smoothing) * w_y * (lse - z.gather(-1, y).squeeze(-1))
-        if label_smoothing > 0:
-            spread = (w * (lse.unsqueeze(-1) - z)).masked_fill(~allowed, 0.0).sum(-1)
-            loss = loss + label_smoothing * spread / allowed.sum(-1, dtype=acc)
-        if z_loss > 0:
-            loss = loss + z_loss * w_y * lse * lse
-        return loss
-
-    everything = torch.ones(1, 1, V, dtype=torch.bool, device=input.device).expand(B, T, V)
-    if kind == "full":
-        loss = part(everything, valid)
-    else:
-        # V + 1 columns: the last one takes the pads and is cut off
-        chosen = torch.zeros(B, T, V + 1, dtype=torch.bool, device=input.device)
-        chosen.scatter_(-1, ids.masked_fill(ids == ids_pad, V).expand(B, T, -1), True)
-        allowed = chosen[..., :V] if kind == "set" else ~chosen[..., :V]
-        share = torch.full((B, T), mle_weight, dtype=acc, device=input.device)
-        if first_full:
-            share = share.masked_fill(_is_first(valid), 1.0)
-        loss = (1 - share) * part(allowed.scatter(-1, y, True), valid & (share < 1))
-        if mle_weight > 0 or first_full:
-            loss = loss + share * part(everything, valid & (share > 0))
-    if token_weight is not None:
-        loss = loss * token_weight
-    loss = torch.where(valid, loss, 0.0)
-    if reduction == "none":
-        return loss.to(out_dtype)
-    total = loss.sum()
-    if reduction == "mean":
-        denom = torch.where(valid, w[y.squeeze(-1)], 0.0).sum()
-        total = torch.where(denom != 0, total / torch.where(denom != 0, denom, 1.0), 0.0 * total)
-    return total.to(out_dtype)
-
-
-def _is_first(valid: Tensor) -> Tensor:
-    """[B, T] bool: the first valid token of each caption."""
-    return valid & (valid.cumsum(-1) == 1)
+    return _subset.masked_loss(input, target, ids, weight, token_weight, options).to(out_dtype)
 
 
 # Operators -------------------------------------------------------------------------------------------------------------
@@ -283,6 +232,8 @@ def subset_cross_entropy(
     device = input.device.type
     widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
     out_dtype = torch.float32 if widened else input.dtype
+    if options.kind == "set":
+        ids = ids.expand(*target.shape, -1)  # strides of 0: nothing is copied
     backend = _backend.select(OP, device)
     if backend != "cpp":  # which checks values as it reads them
         _subset.check_values(OP, target, ids, V, options)
