@@ -2,7 +2,9 @@
 #include <pybind11/pybind11.h>
 
 #include "common/check.h"
+#include "common/parallel.h"
 #include "common/tensor_caster.h"
+#include "linear_subset_cross_entropy/linear_subset_cross_entropy.h"
 #include "subset_cross_entropy/subset_cross_entropy.h"
 
 namespace py = pybind11;
@@ -10,11 +12,10 @@ using fastcap::Tensor;
 
 namespace {
 
-using Options = fastcap::SubsetCrossEntropyOptions;
+using Options = fastcap::SubsetOptions;
 
-Options subset_cross_entropy_options(int subset, bool first_full, double mle_weight, double label_smoothing,
-                                     double logit_softcap, double z_loss, int64_t ignore_index, int64_t ids_pad,
-                                     int reduction) {
+Options subset_options(int subset, bool first_full, double mle_weight, double label_smoothing, double logit_softcap,
+                       double z_loss, int64_t ignore_index, int64_t ids_pad, int reduction) {
   return {static_cast<fastcap::Subset>(subset),
           first_full,
           mle_weight,
@@ -83,10 +84,27 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda") = py::none();
 #endif
 
-  py::class_<Options>(m, "SubsetCrossEntropyOptions")
-      .def(py::init(&subset_cross_entropy_options), py::kw_only(), py::arg("subset"), py::arg("first_full"),
-           py::arg("mle_weight"), py::arg("label_smoothing"), py::arg("logit_softcap"), py::arg("z_loss"),
-           py::arg("ignore_index"), py::arg("ids_pad"), py::arg("reduction"));
+  py::class_<Options>(m, "SubsetOptions")
+      .def(py::init(&subset_options), py::kw_only(), py::arg("subset"), py::arg("first_full"), py::arg("mle_weight"),
+           py::arg("label_smoothing"), py::arg("logit_softcap"), py::arg("z_loss"), py::arg("ignore_index"),
+           py::arg("ids_pad"), py::arg("reduction"));
+  // Holds pointers, not tensors: the caller keeps those alive.
+  py::class_<fastcap::LinearTokens>(m, "LinearTokens")
+      .def(py::init([](Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor bias, int64_t V) {
+        return fastcap::LinearTokens{target, ids, weight, token_weight, bias, V};
+      }));
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("linear_subset_cross_entropy_tokens_cpu", &fastcap::linear_subset_cross_entropy_tokens_cpu, release);
+  m.def("linear_subset_cross_entropy_set_cpu", &fastcap::linear_subset_cross_entropy_set_cpu, release);
+  m.def("linear_subset_cross_entropy_rows_cpu", &fastcap::linear_subset_cross_entropy_rows_cpu, release);
+  m.def("linear_subset_cross_entropy_absorb_cpu", &fastcap::linear_subset_cross_entropy_absorb_cpu, release);
+  m.def("linear_subset_cross_entropy_finish_cpu", &fastcap::linear_subset_cross_entropy_finish_cpu, release);
+  m.def("linear_subset_cross_entropy_emit_cpu", &fastcap::linear_subset_cross_entropy_emit_cpu, release);
+  m.def("linear_subset_cross_entropy_group_cpu", &fastcap::linear_subset_cross_entropy_group_cpu, release);
+  m.def("linear_subset_cross_entropy_add_rows_cpu", &fastcap::linear_subset_cross_entropy_add_rows_cpu, release);
+  m.def("linear_subset_cross_entropy_write_rows_cpu", &fastcap::linear_subset_cross_entropy_write_rows_cpu, release);
+  m.def("advise_huge_pages",
+        [](Tensor tensor) { fastcap::advise_huge_pages(tensor.data, tensor.numel() * fastcap::item_size(tensor.dtype)); });
   m.def("subset_cross_entropy_fwd_cpu", &subset_cross_entropy_fwd_cpu);
   m.def("subset_cross_entropy_bwd_cpu", &subset_cross_entropy_bwd_cpu);
 #if defined(FASTCAP_WITH_CUDA)

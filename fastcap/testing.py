@@ -20,6 +20,7 @@ class Case(NamedTuple):
 
     name: str
     arguments: dict[str, Any]
+    size: float = 0.0  # of the terms that cancel in the outputs, where they are larger than these: see `tolerance`
 
     def to(self, dtype: torch.dtype, device: str = "cpu", keep: torch.dtype | None = None) -> dict[str, Any]:
         """The arguments rounded to `dtype`, then held in `keep`: so float64 can start from the same values."""
@@ -39,10 +40,15 @@ class Operation(NamedTuple):
     function: Callable[..., Any]  # public; returns a tensor or a tuple of them
     cases: Callable[[], list[Case]]  # small inputs that between them use every option
     empty: Case  # an empty batch
-    inputs: tuple[str, ...]  # the differentiable arguments
+    inputs: tuple[str, ...]  # the differentiable arguments; the first one is always passed
     operators: tuple[str, ...]  # of torch.ops.fastcap
     launches: Callable[[], Iterator[tuple[str, list[Any]]]]  # (name, Triton launches) at the shapes of real captioners
     backends: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
+    autocasts: bool = False  # whether it multiplies matrices, which autocast does in its own dtype
+
+    def given(self, arguments: dict[str, Any]) -> tuple[str, ...]:
+        """Those of `inputs` that a call passes."""
+        return tuple(name for name in self.inputs if arguments.get(name) is not None)
 
 
 # Running ---------------------------------------------------------------------------------------------------------------
@@ -57,8 +63,8 @@ def upstream(output: Tensor) -> Tensor:
 def evaluate(
     operation: Operation, arguments: dict[str, Any], backend: str, *, function: Callable | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients of `operation.inputs`) of one call under `backend`, with `upstream` gradients."""
-    leaves = {name: arguments[name].detach().requires_grad_() for name in operation.inputs}
+    """(outputs, gradients of `operation.given`) of one call under `backend`, with `upstream` gradients."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in operation.given(arguments)}
     with _backend.backend(backend):
         outputs = (function or operation.function)(**{**arguments, **leaves})
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -228,6 +234,87 @@ def _subset_cross_entropy_launches() -> Iterator[tuple[str, list[Any]]]:
     yield "ones-float32", plan_subset_cross_entropy(1, 1, 1, torch.float32, mle_weight=0.5)
 
 
+# linear_subset_cross_entropy -------------------------------------------------------------------------------------------
+
+
+def make_hidden(
+    B: int, T: int, V: int, H: int, *, seed: int = 0, prompt: int = 1, bias: float = 30.0, ignore_index: int = -100
+) -> dict[str, Tensor]:
+    """input [B, T, H], linear_weight [V, H], linear_bias [V] (all float64) and the target of `make_captions`, by name.
+
+    The bias is large by default: with one of 0.01 its gradient may be wrong and no test notices.
+    """
+    _, target = make_captions(B, T, V, seed=seed, prompt=prompt, ignore_index=ignore_index)
+    generator = torch.Generator().manual_seed(seed + 1)
+    input, linear_weight, linear_bias = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((B, T, H), (V, H), (V,))
+    )
+    linear_weight *= 3 / H**0.5  # logits of the size of a captioner's, whatever H is
+    return {"input": input, "linear_weight": linear_weight, "linear_bias": bias * linear_bias, "target": target}
+
+
+def _linear_subset_cross_entropy_cases() -> list[Case]:
+    cases = []
+
+    def add(name, B, T, V, H, *, bias=0.0, prompt=1, flat=False, **given):
+        call = make_hidden(
+            B, T, V, H, seed=len(cases), prompt=prompt, bias=bias, ignore_index=given.get("ignore_index", -100)
+        )
+        terms = call["input"].abs() @ call["linear_weight"].abs().T + call["linear_bias"].abs()
+        if not bias:
+            del call["linear_bias"]
+        if flat:
+            call.update(input=call["input"][0], target=call["target"][0])
+        cases.append(Case(name, {**call, **given}, size=terms.max().item() if terms.numel() else 0.0))
+
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.rand(23, dtype=torch.float64, generator=generator) + 0.3
+    per_token = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    everything = {"label_smoothing": 0.1, "weight": weight, "logit_softcap": 7.0, "z_loss": 1e-2}
+    shared, own = torch.tensor([4, 9, -1, 4, 22, 0]), torch.tensor([[5, 5, 1, -1], [-1, -1, -1, -1], [0, 1, 2, 22]])
+    narrow, each, large = {"first_token": "subset"}, {"reduction": "none"}, {"bias": 30.0}
+    small = (3, 6, 23, 5)  # memory_budget=500: the float32 logits of five tokens, or of six words for all tokens
+
+    add("caption", *small)
+    add("caption-first-in-subset", *small, **narrow, **each)
+    add("caption-bias", *small, **large, memory_budget=0)
+    add("caption-first-in-subset-bias", *small, **narrow, **large, memory_budget=0)
+    add("caption-mixture-bias", *small, **large, **each, mle_weight=0.3, memory_budget=500)
+    add("caption-mixture-first-in-subset", *small, **narrow, mle_weight=0.01, memory_budget=500)
+    add("caption-all-options", *small, **each, **everything, bias=3.0, token_weight=per_token)
+    add("caption-sum-all-options", *small, **narrow, **everything, bias=3.0, reduction="sum", memory_budget=0)
+    add("reverse", *small, **each, subset="reverse", memory_budget=0)
+    add("reverse-first-in-subset-bias", *small, **narrow, **large, subset="reverse")
+    mixed = {**everything, "mle_weight": 0.4, "token_weight": per_token[:, :1]}
+    add("reverse-all-options", *small, **mixed, bias=3.0, subset="reverse", memory_budget=500)
+    add("random", *small, **each, subset="random", seed=7, num_random=5)
+    add("random-mixture", *small, **large, subset="random", seed=8, mle_weight=0.5, label_smoothing=0.2, memory_budget=0)
+    add("ids-bias", *small, **narrow, **each, **large, subset=shared)
+    add("ids-per-caption", *small, subset=own, mle_weight=0.2, weight=weight, memory_budget=500)
+    add("full-bias", *small, **large, subset="full")
+    add("full-all-options", *small, **each, **everything, bias=3.0, subset="full", token_weight=per_token, memory_budget=500)
+    add("full-sum", *small, subset="full", reduction="sum", memory_budget=0)
+    add("mle-weight-one", *small, **large, mle_weight=1.0, reduction="sum", memory_budget=500)
+    # where kernels change their way: one token, one word, one feature, more than 64 ids (sorted), several blocks and a tail
+    add("one-token", 2, 1, 9, 3, prompt=0, **narrow)
+    add("one-word", 2, 3, 1, 4, z_loss=0.1, bias=1.0)
+    add("one-feature", 2, 4, 11, 1, **large, **each, memory_budget=0)
+    add("pad-is-a-word", 2, 6, 11, 5, ignore_index=0, subset="reverse", **each)
+    add("long-captions", 1, 67, 90, 3, **narrow, **each)
+    add("long-captions-mixture", 2, 66, 90, 3, **large, mle_weight=0.1, memory_budget=2000)
+    add("many-ids", 1, 3, 300, 3, subset=torch.arange(280, 80, -1) // 2, label_smoothing=0.1, mle_weight=0.1)
+    add("wide", 2, 3, 4101, 5, **each, memory_budget=0)
+    add("wide-reverse", 1, 3, 4101, 5, **narrow, subset="reverse", label_smoothing=0.1, logit_softcap=20.0, memory_budget=0)
+    add("wide-features", 2, 4, 37, 259, **large, mle_weight=0.2)
+    add("flat", 1, 5, 13, 4, **each, bias=3.0, token_weight=per_token[0, :5], flat=True)
+    return cases
+
+
+def _linear_subset_cross_entropy_launches() -> Iterator[tuple[str, list[Any]]]:
+    # To be filled in with the Triton backend: nothing is launched yet.
+    return iter(())
+
+
 OPERATIONS: dict[str, Operation] = {
     "subset_cross_entropy": Operation(
         function=functional.subset_cross_entropy,
@@ -239,5 +326,15 @@ OPERATIONS: dict[str, Operation] = {
         inputs=("input",),
         operators=("subset_cross_entropy_fwd", "subset_cross_entropy_bwd"),
         launches=_subset_cross_entropy_launches,
+    ),
+    "linear_subset_cross_entropy": Operation(
+        function=functional.linear_subset_cross_entropy,
+        cases=_linear_subset_cross_entropy_cases,
+        empty=Case("empty", make_hidden(0, 4, 7, 5)),
+        inputs=("input", "linear_weight", "linear_bias"),
+        operators=("linear_subset_cross_entropy_fwd", "linear_subset_cross_entropy_bwd"),
+        launches=_linear_subset_cross_entropy_launches,
+        backends=("reference", "cpp", "triton"),
+        autocasts=True,
     ),
 }

@@ -195,7 +195,7 @@ def native_options(**changed):
     from fastcap import _C
 
     _, fields = options_of(**changed)
-    return _C.SubsetCrossEntropyOptions(subset=fields.pop("kind"), **fields)
+    return _C.SubsetOptions(subset=fields.pop("kind"), **fields)
 
 
 def forward_arguments(kind="set"):

@@ -47,20 +47,22 @@ inline float capped(float x, float cap) {
   return x;
 }
 
-// The V logits of a row, capped, in blocks of simd::kBlock. Plain float rows are read in place.
+// The V logits of a row, plus a bias where there is one, capped, in blocks of simd::kBlock. Plain float rows are read in
+// place.
 template <typename T>
 struct Row {
   using Acc = acc_t<T>;
   const T* data;
   int64_t stride;
   Acc cap;
+  const Acc* bias = nullptr;
 
-  Acc at(int64_t v) const { return capped(load(data + v * stride), cap); }
+  Acc at(int64_t v) const { return capped(load(data + v * stride) + (bias ? bias[v] : Acc(0)), cap); }
 
   const Acc* block(int64_t begin, int64_t n, Acc* buffer) const {
     const T* p = data + begin * stride;
     if constexpr (std::is_same_v<T, Acc>) {
-      if (stride == 1 && cap == 0) return p;
+      if (stride == 1 && cap == 0 && !bias) return p;
       for (int64_t i = 0; i < n; ++i) buffer[i] = p[i * stride];
     } else {
       if (stride == 1)
@@ -68,6 +70,8 @@ struct Row {
       else
         for (int64_t i = 0; i < n; ++i) buffer[i] = load(p + i * stride);
     }
+    if (bias)
+      for (int64_t i = 0; i < n; ++i) buffer[i] += bias[begin + i];
     if (cap > 0) simd::softcap(buffer, n, cap);
     return buffer;
   }

@@ -10,7 +10,7 @@ constexpr const char* kOp = "subset_cross_entropy";
 
 }  // namespace
 
-void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const SubsetCrossEntropyOptions& o) {
+void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const SubsetOptions& o) {
   if (args.input.ndim != 3) bad(kOp, "input", "have shape [B, T, V]", shape_of(args.input), "add a batch dimension");
   const int64_t B = args.input.sizes[0], T = args.input.sizes[1], V = args.input.sizes[2];
   const DType acc = args.input.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -57,7 +57,7 @@ void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const Sub
   }
 }
 
-void check_subset_cross_entropy(const SubsetCrossEntropyBackward& args, const SubsetCrossEntropyOptions& o) {
+void check_subset_cross_entropy(const SubsetCrossEntropyBackward& args, const SubsetOptions& o) {
   if (args.dinput.ndim != 3) bad(kOp, "dinput", "have shape [B, T, V]", shape_of(args.dinput), "add a batch dimension");
   const int64_t B = args.dinput.sizes[0], T = args.dinput.sizes[1], V = args.dinput.sizes[2];
   const DType acc = args.dinput.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;

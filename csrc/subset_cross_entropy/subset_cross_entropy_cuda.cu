@@ -35,7 +35,7 @@ struct Params {
 };
 
 template <typename Acc>
-Params<Acc> params_of(const SubsetCrossEntropyOptions& o) {
+Params<Acc> params_of(const SubsetOptions& o) {
   return {static_cast<int>(o.subset),
           o.first_full,
           o.reduction == 0,
@@ -305,8 +305,7 @@ unsigned grid_of(int64_t blocks) {
 }
 
 template <typename T>
-void forward(const SubsetCrossEntropyForward& args, const Tensor& excluded, const SubsetCrossEntropyOptions& o,
-             cudaStream_t stream) {
+void forward(const SubsetCrossEntropyForward& args, const Tensor& excluded, const SubsetOptions& o, cudaStream_t stream) {
   using Acc = typename AccOf<T>::type;
   const int64_t N = args.input.sizes[0] * args.input.sizes[1];
   const int threads = o.is_dense() ? kThreads : kSetThreads;
@@ -321,8 +320,7 @@ void forward(const SubsetCrossEntropyForward& args, const Tensor& excluded, cons
 }
 
 template <typename T>
-void backward(const SubsetCrossEntropyBackward& args, const Tensor& excluded, const SubsetCrossEntropyOptions& o,
-              cudaStream_t stream) {
+void backward(const SubsetCrossEntropyBackward& args, const Tensor& excluded, const SubsetOptions& o, cudaStream_t stream) {
   using Acc = typename AccOf<T>::type;
   constexpr int64_t kPack = Pack<T>::kSize, kPiece = static_cast<int64_t>(kThreads) * kPacksPerThread * kPack;
   const int64_t N = args.dinput.sizes[0] * args.dinput.sizes[1], V = args.dinput.sizes[2];
@@ -347,7 +345,7 @@ void dispatch(DType dtype, const Fn& fn) {
   }
 }
 
-void check_excluded(const Tensor& excluded, int64_t B, int64_t V, const SubsetCrossEntropyOptions& o) {
+void check_excluded(const Tensor& excluded, int64_t B, int64_t V, const SubsetOptions& o) {
   if (o.subset != Subset::kReverse) return;
   check_shape(kOp, "excluded", excluded, {B, V});
   check_dtype(kOp, "excluded", excluded, DType::kUInt8);
@@ -357,7 +355,7 @@ void check_excluded(const Tensor& excluded, int64_t B, int64_t V, const SubsetCr
 }  // namespace
 
 void subset_cross_entropy_fwd_cuda(const SubsetCrossEntropyForward& args, const Tensor& excluded,
-                                   const SubsetCrossEntropyOptions& options, void* stream) {
+                                   const SubsetOptions& options, void* stream) {
   check_subset_cross_entropy(args, options);
   check_excluded(excluded, args.input.sizes[0], args.input.sizes[2], options);
   if (options.reduction != 0) {
@@ -370,7 +368,7 @@ void subset_cross_entropy_fwd_cuda(const SubsetCrossEntropyForward& args, const 
 }
 
 void subset_cross_entropy_bwd_cuda(const SubsetCrossEntropyBackward& args, const Tensor& excluded,
-                                   const SubsetCrossEntropyOptions& options, void* stream) {
+                                   const SubsetOptions& options, void* stream) {
   check_subset_cross_entropy(args, options);
   check_excluded(excluded, args.dinput.sizes[0], args.dinput.sizes[2], options);
   dispatch(args.dinput.dtype,

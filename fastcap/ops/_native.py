@@ -1,4 +1,4 @@
-"""Calls into fastcap._C: the same launcher functions as fastcap.kernels.<op> has, for the CPU and for CUDA."""
+"""Calls into fastcap._C: the same launchers as fastcap.kernels.<op> has, for the CPU and for CUDA."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _subset_options(options: Options):
             raise bad("subset_cross_entropy", name, f"be one of {', '.join(known)}", value, "call the public function")
     fields = options._asdict()
     fields.update(subset=_KINDS[fields.pop("kind")], reduction=_REDUCTIONS[options.reduction])
-    return _backend.extension().SubsetCrossEntropyOptions(**fields)
+    return _backend.extension().SubsetOptions(**fields)
 
 
 def _or_none(tensor: Tensor | None) -> Tensor | None:
@@ -74,3 +74,77 @@ class CUDA:
                 grad_out, inv_denom, input, target, ids, weight, _or_none(stats), _or_none(cols), _or_none(dset), dinput,
                 excluded, _subset_options(options), torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
+
+
+class LinearKernels:
+    """linear_subset_cross_entropy's row kernels on the CPU, for one batch. `rows` are the dense rows' tokens."""
+
+    def __init__(self, target, ids, weight, token_weight, bias, V, options):
+        own = options.kind == "set" and ids is None  # the candidates are the caption's words
+        self._tensors = target, target.unsqueeze(1) if own else ids, weight, token_weight, bias
+        self._c, self._options, self._threads = _backend.extension(), _subset_options(options), torch.get_num_threads()
+        self._tokens = self._c.LinearTokens(*self._tensors, V)
+        self._V, self._columns = V, 1 + (self._tensors[1].shape[2] if options.kind == "set" else 0)
+
+    def find_rows(self, rows: Tensor, inv_denom: Tensor) -> Tensor:
+        """Checks the labels; writes `rows` and `inv_denom`; returns those rows that there are."""
+        self._acc = inv_denom.dtype
+        n = self._c.linear_subset_cross_entropy_tokens_cpu(self._tokens, _or_none(rows), inv_denom, self._options)
+        return rows[:n]
+
+    def kept_rows(self, rows: Tensor) -> Tensor:
+        return rows[: int((rows >= 0).sum())]
+
+    def set(self, scores, score_y, loss, dset):
+        self._c.linear_subset_cross_entropy_set_cpu(self._tokens, scores, score_y, loss, dset, self._options, self._threads)
+
+    def rows(self, logits, rows, loss, need_grad):
+        self._c.linear_subset_cross_entropy_rows_cpu(
+            self._tokens, logits, rows, loss, need_grad, self._options, self._threads
+        )
+
+    def start(self, n: int) -> tuple[Tensor, Tensor]:
+        state = torch.zeros(n, 8, dtype=torch.float64)
+        state[:, ::4] = -torch.inf
+        return state, torch.zeros(n, self._columns, dtype=self._acc)
+
+    def absorb(self, logits, begin, rows, running):
+        self._c.linear_subset_cross_entropy_absorb_cpu(
+            self._tokens, logits, begin, rows, *running, self._options, self._threads
+        )
+
+    def finish(self, rows, running, loss, stats, cols, dset):
+        n = rows.shape[0]
+        self._c.linear_subset_cross_entropy_finish_cpu(
+            self._tokens, rows, *running, loss, *self._first(n, stats, cols, dset), self._options
+        )
+
+    def emit(self, logits, begin, rows, stats, cols, dset):
+        self._c.linear_subset_cross_entropy_emit_cpu(
+            self._tokens, logits, begin, rows, *self._first(rows.shape[0], stats, cols, dset), self._options, self._threads
+        )
+
+    def _first(self, n, stats, cols, dset):
+        """What n rows use of tensors made for more: stats [8 * n], cols and dset [n, C]."""
+        if stats.numel() == 0:
+            return None, None, None
+        stats = stats.view(-1)[: 8 * n].view(8, n)
+        return (stats, cols[:n], dset[:n]) if cols.numel() else (stats, None, None)
+
+    def group(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(the place of each id among the distinct ones, those in order); -1 is none."""
+        group, distinct = torch.empty_like(ids), torch.empty_like(ids)
+        U = self._c.linear_subset_cross_entropy_group_cpu(ids, -1, self._V, group, distinct)
+        return group, distinct[:U]
+
+    def add_rows(self, values, group, factor, source, share):
+        self._c.linear_subset_cross_entropy_add_rows_cpu(values, group, factor, source, share, self._threads)
+
+    def write_rows(self, out, ids, values, add, clear):
+        self._c.linear_subset_cross_entropy_write_rows_cpu(out, ids, values, add, clear, self._threads)
+
+    def sparse_rows(self, ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+        return torch.sparse_coo_tensor(ids.unsqueeze(0), values, shape, is_coalesced=True, check_invariants=False)
+
+    def advise(self, tensor: Tensor) -> None:
+        self._c.advise_huge_pages(tensor)
