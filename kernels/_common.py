@@ -78,6 +78,16 @@ def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
+def block_of(n: int, most: int) -> int:
+    """A block's size for n elements: a power of two of 16 to `most`."""
+    return max(16, min(most, triton.next_power_of_2(max(n, 1))))
+
+
+def acc_of(tensor: torch.Tensor) -> tl.dtype:
+    """What sums of its elements run in."""
+    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
 @triton.jit
 def softcap(z, CAP: tl.constexpr):
     """CAP * tanh(z / CAP), or z where CAP is 0. tanh by exp of a negative number, which cannot overflow; near 0, where that

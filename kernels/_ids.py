@@ -20,6 +20,16 @@ def without_repeats(ids: Tensor, pad: int) -> Tensor:
     return values.masked_fill(repeats, pad).expand(ids.shape)
 
 
+def repeats_as_pads(ids: Tensor, pad: int) -> Tensor:
+    """`ids` [B, 1, K] with every repeat replaced by `pad`, in their places; unchanged up to MAX_PAIRED_IDS."""
+    if ids.shape[2] <= MAX_PAIRED_IDS:
+        return ids
+    values, order = ids.sort(dim=-1, stable=True)
+    repeats = torch.zeros_like(values, dtype=torch.bool)
+    repeats[..., 1:] = values[..., 1:] == values[..., :-1]
+    return ids.masked_fill(torch.zeros_like(repeats).scatter_(-1, order, repeats), pad)
+
+
 def excluded_marks(ids: Tensor, pad: int, V: int) -> Tensor:
     """[B, V] uint8: 1 for the ids [B, 1, K] of each caption, beside whose T * V logits it is small.
 

@@ -11,15 +11,26 @@ backward N * V * itemsize written, plus as much read for rows with a dense part.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from fastcap.kernels._common import Launch, run, softcap
+from fastcap.kernels._common import Launch, acc_of, block_of, run, softcap
 from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, without_repeats
-from fastcap.kernels._subset import dense_gradient, finish, load_ids, merge, part_of
-
-# enum Stat in the C++ header
-LSE_F, A_F, S_F, D_F, LSE_S, A_S, S_S, D_S = (tl.constexpr(i) for i in range(8))
+from fastcap.kernels._subset import (
+    A_F,
+    A_S,
+    D_F,
+    D_S,
+    LSE_F,
+    LSE_S,
+    S_F,
+    S_S,
+    dense_gradient,
+    finish,
+    merge,
+    part_of,
+    set_part,
+    token_of,
+)  # fmt: skip
 
 
 @triton.jit
@@ -39,30 +50,11 @@ def _subset_cross_entropy_fwd_kernel(
     i_n = tl.program_id(0).to(tl.int64)
     i_b, i_t = i_n // T, i_n % T
     p_row = input_ptr + i_b * input_strides[0] + i_t * input_strides[1]
-    y = tl.load(target_ptr + i_b * target_strides[0] + i_t * target_strides[1])
-    valid = y != IGNORE_INDEX
-    wrong = valid & ((y < 0) | (y >= V))
-    y = tl.where(valid & (y >= 0) & (y < V), y, 0)
-
-    of_full = tl.full((), 1.0, ACC) if IS_FULL else mle_weight
-    if FIRST_FULL:
-        earlier = tl.zeros((), tl.int32)
-        for past in range(0, i_t, BLOCK_T):
-            o_t = past + tl.arange(0, BLOCK_T)
-            labels = tl.load(
-                target_ptr + i_b * target_strides[0] + o_t * target_strides[1], mask=o_t < i_t, other=IGNORE_INDEX
-            )
-            earlier += tl.sum((labels != IGNORE_INDEX).to(tl.int32), 0)
-        of_full = tl.where(earlier == 0, 1.0, of_full).to(ACC)
+    y, valid, w_y, of_full, scale = token_of(
+        target_ptr, target_strides, token_weight_ptr, token_weight_strides, weight_ptr, i_b, i_t, V, mle_weight,
+        IGNORE_INDEX, IS_FULL, FIRST_FULL, BLOCK_T, ACC,
+    )  # fmt: skip
     of_rest = 1 - of_full
-    if weight_ptr is None:
-        w_y = tl.full((), 1.0, ACC)
-    else:
-        w_y = tl.load(weight_ptr + y)
-    scale = tl.where(valid, 1.0, 0.0).to(ACC)
-    if token_weight_ptr is not None:
-        scale *= tl.load(token_weight_ptr + i_b * token_weight_strides[0] + i_t * token_weight_strides[1])
-    scale = tl.where(wrong, float("nan"), scale).to(ACC)  # loud, and never a wrong read
 
     loss = tl.zeros((), ACC)
     z_y = softcap(tl.load(p_row + y * input_strides[2], mask=valid, other=0.0).to(ACC), CAP)
@@ -133,58 +125,15 @@ def _subset_cross_entropy_fwd_kernel(
 
     # The set part: the target, then the ids that are neither pads nor repeats nor the target.
     if IS_SET:
-        C = K + 1
-        limit = tl.where(wants_rest, K, 0)  # a row without a set part has no ids
+        p_cols = cols_ptr + i_n * (K + 1)
+        p_dset = dset_ptr + i_n * (K + 1)
         p_ids = ids_ptr + i_b * ids_strides[0] + i_t * ids_strides[1]
-        m_s = tl.full((BLOCK_K,), float("-inf"), ACC)
-        s_s = tl.zeros((BLOCK_K,), ACC)
-        n = tl.full((), 1.0, ACC)
-        sum_w = w_y
-        sum_wz = w_y * z_y
-        for start in range(0, K, BLOCK_K):
-            ids, m_k = load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
-            bad = m_k & ((ids < 0) | (ids >= V))
-            scale = tl.where(tl.sum(bad.to(tl.int32), 0) > 0, float("nan"), scale).to(ACC)
-            m_k &= (ids >= 0) & (ids < V)
-            z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
-            m_s, s_s = merge(m_s, s_s, tl.where(m_k, z, float("-inf")))
-            n += tl.sum(m_k.to(ACC), 0)
-            if SMOOTH:
-                if weight_ptr is None:
-                    w = tl.full((BLOCK_K,), 1.0, ACC)
-                else:
-                    w = tl.load(weight_ptr + ids, mask=m_k, other=0.0)
-                sum_w += tl.sum(tl.where(m_k, w, 0.0), 0)
-                sum_wz += tl.sum(tl.where(m_k, w * z, 0.0), 0)
-        top = tl.maximum(tl.max(m_s, 0), z_y)
-        shift = tl.where(top == float("-inf"), 0.0, top)
-        lse = top + tl.log(tl.sum(s_s * tl.exp(m_s - shift), 0) + tl.exp(z_y - shift))
-        part, a, s, d = part_of(lse, z_y, w_y, n, sum_w, sum_wz, smoothing, z_loss)
-        loss += tl.where(wants_rest, of_rest * part, 0.0)
-        if NEED_GRAD:
-            factor = tl.where(wants_rest, scale * of_rest, 0.0)
-            if CAP > 0:
-                chain_y = 1 - (z_y / CAP) * (z_y / CAP)
-            else:
-                chain_y = 1.0
-            dz_y = (a * tl.exp(z_y - lse) - s * w_y - d) * chain_y
-            tl.store(cols_ptr + i_n * C, tl.where(wants_rest, y, -1).to(tl.int32))
-            tl.store(dset_ptr + i_n * C, tl.where(wants_rest, factor * dz_y, 0.0))
-            for start in range(0, K, BLOCK_K):
-                o_k = start + tl.arange(0, BLOCK_K)
-                ids, m_k = load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
-                m_k &= (ids >= 0) & (ids < V)
-                z = softcap(tl.load(p_row + ids * input_strides[2], mask=m_k, other=0.0).to(ACC), CAP)
-                dz = a * tl.exp(z - lse)
-                if SMOOTH:
-                    if weight_ptr is None:
-                        dz -= s
-                    else:
-                        dz -= s * tl.load(weight_ptr + ids, mask=m_k, other=0.0)
-                if CAP > 0:
-                    dz *= 1 - (z / CAP) * (z / CAP)
-                tl.store(cols_ptr + i_n * C + 1 + o_k, tl.where(m_k, ids, -1).to(tl.int32), mask=o_k < K)
-                tl.store(dset_ptr + i_n * C + 1 + o_k, tl.where(m_k, factor * dz, 0.0), mask=o_k < K)
+        part, scale = set_part(
+            p_row, input_strides[2], None, p_ids, ids_strides, weight_ptr, p_cols, p_dset,
+            V, K, y, z_y, w_y, wants_rest, of_rest, scale, 0, smoothing, z_loss,
+            IDS_PAD, CAP, SMOOTH, UNIQUE, NEED_GRAD, True, False, ACC, BLOCK_K,
+        )  # fmt: skip
+        loss += part
 
     tl.store(loss_ptr + i_n, tl.where(valid, scale * loss, 0.0))
     if denom_ptr is not None:
@@ -313,16 +262,16 @@ def plan_subset_cross_entropy_fwd(
         IGNORE_INDEX=options.ignore_index, IDS_PAD=options.ids_pad, CAP=options.logit_softcap,
         IS_SET=is_set, IS_REVERSE=is_reverse, IS_FULL=options.kind == "full", FIRST_FULL=options.first_full,
         HAS_MLE=options.mle_weight > 0, SMOOTH=options.label_smoothing > 0, UNIQUE=K > MAX_PAIRED_IDS,
-        NEED_GRAD=stats.numel() > 0 or cols.numel() > 0, ACC=_acc(input),
+        NEED_GRAD=stats.numel() > 0 or cols.numel() > 0, ACC=acc_of(input),
         # "reverse" keeps the sums of two parts in registers
-        BLOCK_V=_block(V, 1024 if is_reverse else 2048), BLOCK_K=_block(K, MAX_PAIRED_IDS), BLOCK_T=_block(T, 1024),
+        BLOCK_V=block_of(V, 1024 if is_reverse else 2048), BLOCK_K=block_of(K, MAX_PAIRED_IDS), BLOCK_T=block_of(T, 1024),
     ), num_warps=8 if options.is_dense else 2)
     if not reduce:
         inv_denom.fill_(1.0)
         return [forward]
     return [forward, Launch(_subset_cross_entropy_reduce_kernel, (1,), dict(
         loss_ptr=loss, denom_ptr=denom, out_ptr=out, inv_denom_ptr=inv_denom, N=N,
-        IS_MEAN=is_mean, BLOCK_N=_block(N, 2048),
+        IS_MEAN=is_mean, BLOCK_N=block_of(N, 2048),
     ), num_warps=8)]
 
 
@@ -334,7 +283,7 @@ def plan_subset_cross_entropy_bwd(
     N, C = B * T, cols.shape[2] if cols.dim() == 3 else 0
     is_reverse, is_dense, per_token = options.kind == "reverse", options.is_dense, options.reduction == "none"
     align = 16 // dinput.element_size()
-    block_v = _block(V + align, 4096)
+    block_v = block_of(V + align, 4096)
     num_blocks = triton.cdiv(V + align - 1, block_v)
     return [Launch(_subset_cross_entropy_bwd_kernel, (N * num_blocks,), dict(
         grad_out_ptr=grad_out, inv_denom_ptr=inv_denom, input_ptr=input if is_dense else None, target_ptr=target,
@@ -344,18 +293,10 @@ def plan_subset_cross_entropy_bwd(
         grad_out_strides=grad_out.stride() if per_token else (0, 0),
         N=N, T=T, V=V, C=C, NUM_BLOCKS=num_blocks,
         CAP=options.logit_softcap, IS_SET=options.kind == "set", IS_REVERSE=is_reverse, IS_DENSE=is_dense,
-        SMOOTH=options.label_smoothing > 0, PER_TOKEN=per_token, ALIGN=align, ACC=_acc(dinput),
-        BLOCK_V=block_v, BLOCK_C=_block(C, 128),
+        SMOOTH=options.label_smoothing > 0, PER_TOKEN=per_token, ALIGN=align, ACC=acc_of(dinput),
+        BLOCK_V=block_v, BLOCK_C=block_of(C, 128),
     ), num_warps=8 if is_dense else 4)]
 # fmt: on
-
-
-def _block(n: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(max(n, 1))))
-
-
-def _acc(tensor: torch.Tensor) -> tl.dtype:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
 
 
 def subset_cross_entropy_fwd(input, target, *rest) -> None:

@@ -283,7 +283,7 @@ def dense_forward(head: Head, plan: str, rows: Tensor | None, loss: Tensor, kept
     else:
         size = panel_columns(head.sizes, head.budget)
         scratch = x.new_empty(n * size)
-        running = kernels.start(n)
+        running = kernels.start(n, loss)
         for begin, end in _panels(V, size):
             logits = scratch[: n * (end - begin)].view(n, end - begin)
             torch.mm(x, head.words(begin, end).T, out=logits)

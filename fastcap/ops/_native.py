@@ -103,10 +103,10 @@ class LinearKernels:
             self._tokens, logits, rows, loss, need_grad, self._options, self._threads
         )
 
-    def start(self, n: int) -> tuple[Tensor, Tensor]:
+    def start(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
         state = torch.zeros(n, 8, dtype=torch.float64)
         state[:, ::4] = -torch.inf
-        return state, torch.zeros(n, self._columns, dtype=self._acc)
+        return state, torch.zeros(n, self._columns, dtype=like.dtype)
 
     def absorb(self, logits, begin, rows, running):
         self._c.linear_subset_cross_entropy_absorb_cpu(

@@ -216,18 +216,17 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
         if any(need):
             ctx.save_for_backward(input, linear_weight, linear_bias, target, ids, weight, *kept)
             ctx.options, ctx.call, ctx.grad_weight = options, call, grad_weight
+            ctx.bias_dtype = None if linear_bias is None else linear_bias.dtype
             ctx.parameter = linear_weight if grad_weight == "accumulate" and need[1] else None
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
         dinput, dweight, dbias = _backward(ctx, grad_out)
-        need = ctx.call
-        linear_bias = ctx.saved_tensors[2]
         return (
-            once(OP, dinput) if need.need_input else None,
+            once(OP, dinput) if ctx.call.need_input else None,
             once(OP, dweight) if dweight is not None else None,
-            once(OP, dbias.to(linear_bias.dtype)) if need.need_bias else None,
+            once(OP, dbias.to(ctx.bias_dtype)) if ctx.call.need_bias else None,
             *(None,) * 8,
         )
 
@@ -250,7 +249,7 @@ def _backward(ctx, grad_out):
 
 def _keeps_graph() -> bool:
     """Whether this backward may run again (retain_graph), so that what the forward kept must stay as it is."""
-    return torch.is_grad_enabled() or torch._C._get_current_graph_task_keep_graph()
+    return torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 # Public function -------------------------------------------------------------------------------------------------------
