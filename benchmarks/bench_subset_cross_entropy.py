@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from fastcap.benchmarks import captions, floors, harness, peers
 from fastcap.benchmarks.harness import Case, Problem, Provider, Settings, Skip
+from fastcap.benchmarks.plain import DENSE_ROWS, GATHERS, IGNORED, MODES, VARIANTS, gather, masked
 from torch import Tensor
 
 import fastcap
@@ -24,7 +24,6 @@ from fastcap import memory
 from fastcap.ops import _backend
 
 OPERATION = "subset_cross_entropy"
-IGNORED = -100
 
 
 class Shape(NamedTuple):
@@ -44,81 +43,6 @@ SHAPES = {
     "qwen": Shape(32, 20, 151_936),
     "gemma": Shape(32, 20, 262_144),
 }
-MODES = ("forward", "forward_backward")
-
-# What each variant passes to the function, and which rows need the whole vocabulary.
-VARIANTS = {
-    "subset": {"first_token": "subset"},
-    "first_full": {"first_token": "full"},
-    "mixture": {"first_token": "full", "mle_weight": 0.01},
-    "full": {"subset": "full"},
-    "reverse": {"subset": "reverse", "first_token": "subset"},
-}
-DENSE_ROWS = {"subset": "none", "first_full": "first", "mixture": "all", "full": "all", "reverse": "all"}
-
-
-# The peers -------------------------------------------------------------------------------------------------------------
-
-
-def first_tokens(target: Tensor) -> Tensor:
-    """[B]: where each caption's first valid token is."""
-    return (target != IGNORED).int().argmax(1)
-
-
-def allowed_words(target: Tensor, V: int, variant: str) -> Tensor:
-    """[B, T or 1, V] bool: the words among which each token chooses."""
-    B, T = target.shape
-    words = torch.zeros(B, V + 1, dtype=torch.bool, device=target.device)
-    words = words.scatter_(1, target.where(target != IGNORED, V), True)[:, None, :V]
-    if variant == "reverse":
-        own = target.clamp(min=0).unsqueeze(-1)
-        return (~words).expand(B, T, V).scatter(2, own, True)
-    if variant in ("first_full", "mixture"):
-        words = words.expand(B, T, V).clone()
-        words[torch.arange(B, device=target.device), first_tokens(target)] = True
-    return words
-
-
-def masked(input: Tensor, target: Tensor, variant: str, fill: float = -1e9) -> Tensor:
-    """The paper's own formulation: a boolean mask over the vocabulary, and torch's cross entropy."""
-    V = input.shape[2]
-
-    def mean(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED)
-
-    if variant == "full":
-        return mean(input)
-    loss = mean(input.masked_fill(~allowed_words(target, V, variant), fill))
-    m = VARIANTS[variant].get("mle_weight", 0.0)
-    return m * mean(input) + (1 - m) * loss if m else loss
-
-
-def gather(input: Tensor, target: Tensor, variant: str) -> Tensor:
-    """The best plain torch: only the caption's logits, repeats masked; the whole vocabulary only where it is asked for."""
-    B, T, V = input.shape
-    valid = target != IGNORED
-    y = target.clamp(min=0)
-    everywhere = y[:, None, :].expand(B, T, T)
-    if variant == "reverse":
-        rest = input.scatter(2, everywhere, -torch.inf)
-        z_y = input.gather(2, y.unsqueeze(-1)).squeeze(-1)
-        loss = torch.logaddexp(rest.logsumexp(-1), z_y) - z_y
-    else:
-        z = input.gather(2, everywhere)
-        z_y = z.diagonal(dim1=1, dim2=2)
-        earlier = torch.ones(T, T, dtype=torch.bool, device=z.device).tril(-1)
-        repeat = ((target[:, :, None] == target[:, None, :]) & earlier).any(-1)
-        lse = z.masked_fill((repeat | ~valid)[:, None, :], -torch.inf).logsumexp(-1)
-        if variant in ("first_full", "mixture"):
-            first = first_tokens(target)
-            whole = input[torch.arange(B, device=z.device), first].logsumexp(-1)
-            lse = lse.scatter(1, first[:, None], whole[:, None].to(lse.dtype))
-        loss = lse - z_y
-    loss = loss.masked_fill(~valid, 0.0).sum() / valid.sum()
-    m = VARIANTS[variant].get("mle_weight", 0.0)
-    if m:
-        loss = m * F.cross_entropy(input.flatten(0, 1), target.flatten(), ignore_index=IGNORED) + (1 - m) * loss
-    return loss
 
 
 # The cases -------------------------------------------------------------------------------------------------------------
@@ -185,7 +109,7 @@ def build(shape: str, dtype: str, variant: str, mode: str, settings: Settings, c
         V,
         harness.DTYPES[dtype].itemsize,
         rows=DENSE_ROWS[variant],
-        gathers=variant in ("subset", "first_full", "mixture"),
+        gathers=variant in GATHERS,
         backward=backward,
         sector=floors.SECTOR[device],
     )
@@ -218,7 +142,7 @@ def build(shape: str, dtype: str, variant: str, mode: str, settings: Settings, c
     chosen = _backend.select(OPERATION, device)
     for name in names(variant, compiles and dtype == "fp32", settings.profile):
         if name in ("cpp", "triton", "cuda", "reference"):
-            why = cannot_run(name, device)
+            why = harness.cannot_run(name, device)
             kind = "reference" if name == "reference" else "ours"
             providers[name] = Provider(None if why else ours(name), kind, why, auto=name == chosen)
         elif name == "masked":
@@ -238,15 +162,6 @@ def build(shape: str, dtype: str, variant: str, mode: str, settings: Settings, c
         providers["zeros_like"] = Provider(None, "floor", "a forward writes no gradient")
     upstream = torch.tensor(0.37, dtype=torch.float64, device=device) if backward else None
     return Problem(providers, exact, traffic, upstream)
-
-
-def cannot_run(backend: str, device: str) -> str:
-    """Why one of our backends cannot run on the device; "" where it can."""
-    status = fastcap.backends()[backend]
-    if not status:
-        return status.reason
-    needed = {"cpp": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend)
-    return "" if needed is None or device.startswith(needed) else f"runs on {needed}, not on {device}"
 
 
 def liger(input: Tensor, target: Tensor, step, device: str) -> Provider:

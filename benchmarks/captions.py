@@ -101,15 +101,21 @@ def draw_targets(
     """[B, T] int64: captions drawn at random, each ended by one id of its own (rank 0), cut at T, then `ignore_index`.
 
     With `padded`, about that share of the positions is ignored: while the captions so far are too short for it, the
-    longest of eight is drawn. Without it the captions are as long as they are.
+    longest of eight is drawn; with 0 none is, and a row is captions one after another. Without it the captions are as
+    long as they are.
     """
     captions, chance = load(), random.Random(seed)
     rows, used = [], 0
-    for _ in range(B):
+    for _ in range(B if padded != 0 else 0):
         said = chance.choice(captions.words)
         if padded is not None and used < (1 - padded) * T * len(rows) + T / 2:
             said = max((chance.choice(captions.words) for _ in range(8)), key=len)
         ids = [spread(captions.ranks[word], V) for word in said][: T - 1] + [spread(0, V)]
         rows.append(ids + [ignore_index] * (T - len(ids)))
         used += len(ids)
+    while len(rows) < B:
+        ids = []
+        while len(ids) < T:
+            ids += [spread(captions.ranks[word], V) for word in chance.choice(captions.words)] + [spread(0, V)]
+        rows.append(ids[:T])
     return torch.tensor(rows, dtype=torch.int64)

@@ -25,6 +25,7 @@ class Counts(NamedTuple):
     captions: int  # with at least one valid token
     pairs: int  # sum over captions of valid tokens x distinct ids: the gathered logits
     distinct: int  # sum over captions of distinct ids
+    words: int  # distinct ids of the batch
 
 
 def count(target: torch.Tensor, ignore_index: int = -100) -> Counts:
@@ -36,6 +37,7 @@ def count(target: torch.Tensor, ignore_index: int = -100) -> Counts:
         sum(bool(row) for row in rows),
         sum(len(row) * len(set(row)) for row in rows),
         sum(len(set(row)) for row in rows),
+        len(set().union(*rows)),
     )
 
 
@@ -69,3 +71,53 @@ def subset_cross_entropy(
         read += (counts.positions + dense) * V * itemsize
         flops *= 2
     return Traffic(read, flops)
+
+
+def linear_subset_cross_entropy(
+    target: torch.Tensor,
+    V: int,
+    H: int,
+    itemsize: int,
+    *,
+    rows: str,
+    gathers: bool,
+    backward: bool,
+    grad_weight: str = "dense",
+) -> Traffic:
+    """The floor of linear_subset_cross_entropy, with the head W [V, H].
+
+    Forward: the targets, the hidden state of each valid token, and of W the rows that are used, each once: those of the
+    batch's words, or all where some row runs over the vocabulary. The logits are written nowhere. Backward: the same
+    numbers of the hidden states and of W read once more (what dW multiplies, and what dh does), dh written, and dW:
+    whole ("dense"), or the rows that are used, with an id of 8 bytes each ("sparse") or read first ("accumulate").
+
+    FLOPs: of the matrix products alone, 2 H for each logit that is used, forward, and twice that again backward. With no
+    ignored token and no repeated word that is 3 x 2 N T H for the subset and 6 N V H for the vocabulary.
+
+    Args:
+        target: [B, T] int64; -100 is ignored.
+        V: vocabulary size.
+        H: hidden width.
+        itemsize: bytes of a number of the hidden states and of W.
+        rows: the rows that need the whole vocabulary: "none", "first" (the first token of each caption) or "all".
+        gathers: whether tokens choose among their caption's words, in addition to those rows.
+        backward: whether the gradients of the hidden states and of W are formed too.
+        grad_weight: the form of dW: "dense", "sparse" or "accumulate".
+    """
+    counts = count(target)
+    dense = {"none": 0, "first": counts.captions, "all": counts.valid}[rows]
+    terms = counts.pairs if gathers and rows != "all" else 0  # among the logits of a row that is whole are the subset's
+    if rows == "first":
+        terms -= counts.distinct
+    used = V if dense else counts.words
+    read = 8 * counts.positions + (counts.valid + used) * H * itemsize
+    flops = 2 * H * (terms + dense * V)
+    if not backward:
+        return Traffic(read, flops)
+    written = counts.positions * H * itemsize
+    written += {
+        "dense": V * H * itemsize,
+        "sparse": used * (H * itemsize + 8),
+        "accumulate": 2 * used * H * itemsize,
+    }[grad_weight]
+    return Traffic(2 * read - 8 * counts.positions + written, 3 * flops)

@@ -34,13 +34,56 @@ def liger_cross_entropy(device: str) -> Peer:
     return Peer(lambda input, target: call(input, target), overwrites_input=True)
 
 
+def liger_linear_cross_entropy(device: str) -> Peer:
+    """Liger-Kernel's, fused with the head, in blocks of rows: call(input [N, H], weight [V, H], target [N]) -> the mean."""
+    if not device.startswith("cuda"):
+        return Peer(None, "Liger-Kernel runs on GPUs only")
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as call
+    except ImportError as error:
+        return Peer(None, f"pip install liger-kernel ({error})")
+    return Peer(lambda input, weight, target: call(input, weight, target))
+
+
+def cut_cross_entropy(device: str, exact: bool = False) -> Peer:
+    """Apple's cut-cross-entropy: call(input [N, H], weight [V, H], target [N]) -> the mean loss. Half precision only.
+
+    By default it leaves out gradients that half precision would hardly show; `exact` computes them all.
+    """
+    if not device.startswith("cuda"):
+        return Peer(None, "cut-cross-entropy runs on GPUs only")
+    try:
+        from cut_cross_entropy import linear_cross_entropy as call
+    except ImportError as error:
+        return Peer(None, f"pip install cut-cross-entropy ({error})")
+    given = {"filter_eps": None} if exact else {}
+    return Peer(lambda input, weight, target: call(input, weight, target, **given))
+
+
+def torch_chunked(rows: int | None = None) -> Peer:
+    """torch's linear_cross_entropy in blocks of rows: call(input [N, H], weight [V, H], target [N]) -> the mean loss.
+
+    rows: of a block; None: torch's own choice (`LinearCrossEntropyOptions()`), which keeps a block of logits about half
+    as large as the input: 8 rows, 80 blocks, at N 640, V 30,522, H 768 in float32.
+    """
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return Peer(None, f"torch {torch.__version__} has no torch.nn.LinearCrossEntropyOptions; install a later one")
+    options = torch.nn.LinearCrossEntropyOptions(**({"batch_chunk_size": rows} if rows else {}))
+    call = torch.nn.functional.linear_cross_entropy
+    return Peer(lambda input, weight, target: call(input, weight, target, options=options))
+
+
 def compiled(call: Callable) -> Peer:
     """torch.compile of a function, for one shape; compiled at its first call."""
     torch.compiler.reset()  # else the limit on recompilations of one function, over all shapes, falls back to eager
     return Peer(torch.compile(call, fullgraph=True, dynamic=False))
 
 
-PEERS = {"liger_kernel": liger_cross_entropy}
+PEERS = {
+    "liger_kernel": liger_cross_entropy,
+    "liger_kernel_linear": liger_linear_cross_entropy,
+    "cut_cross_entropy": cut_cross_entropy,
+}
 
 
 def missing(device: str) -> dict[str, str]:

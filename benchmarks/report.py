@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 OURS, FLOOR, PEERS = "#1b6ca8", "#9a9a9a", ("#e0803a", "#c9a227", "#7a9e5f", "#8d6b9f", "#b3574a", "#5f9ea0")
+SCALE = "#c4c4c4"  # another computation, timed for scale
 MODE = {"forward": "fwd", "forward_backward": "fwd+bwd"}
 
 
@@ -69,6 +70,11 @@ def duration(seconds: float) -> str:
     return f"{value:.{max(0, 2 - int(math.log10(max(value, 1))))}f} {unit}"
 
 
+def size(nbytes: float) -> str:
+    """ "9.2 MB", "3.0 GB"."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
 def _line(rows: Sequence[dict]) -> list[str]:
     first = rows[0]
     case = f"{first['dtype']} {first['variant']} {MODE.get(first['mode'], first['mode'])}"
@@ -108,10 +114,50 @@ def table(rows: Sequence[dict]) -> str:
         lines.append(f"{provider}: {status} in {count} case{'s' * (count > 1)}: {reason}")
     if any(row.get("floor") == "measured" and row.get("share_of_floor", 0) > 1.05 for row in rows):
         lines.append("A share above 100%: the floor is torch's own, which is not the fastest; the benchmark says why.")
+    lines += goals(rows)
     busy = max((row.get("load") or 0 for row in rows), default=0)
     cores = rows[0]["machine"]["cores"] if rows else 0
     if busy > 1.5 * cores and not rows[0]["machine"].get("cuda"):
         lines.append(f"The machine was busy: a load of up to {busy:g} on {cores} cores. Run again when it is idle.")
+    return "\n".join(lines)
+
+
+def goals(rows: Sequence[dict]) -> list[str]:
+    """What the benchmarks promise, a line each: the bound, what was found, and whether it was kept."""
+    lines = []
+    for row in rows:
+        for goal in row.get("goals", []):
+            bound = "at least" if goal["at_least"] else "at most"
+            if goal["against"]:
+                bound += f" {goal['limit']:.3g} times the {goal['quantity']} of {goal['against']}"
+                found = "not measured" if goal["found"] is None else f"{goal['found']:.3g}"
+            else:
+                show = {"time": duration, "products": "{:.0%} of the rate of products".format}.get(goal["quantity"], size)
+                bound += f" {show(goal['limit'])}" + (" beyond its outputs" if goal["quantity"] == "scratch" else "")
+                found = "not measured" if goal["found"] is None else show(goal["found"])
+            verdict = {True: ": kept", False: ": MISSED", None: ""}[goal["met"]]
+            case = f"{row['shape']} {row['dtype']} {row['variant']} {MODE.get(row['mode'], row['mode'])}"
+            lines.append(f"{case}: {row['provider']} {bound}: {found}{verdict}")
+    return lines
+
+
+def each(rows: Sequence[dict]) -> str:
+    """Every provider of every case, a line each: time, that time in parts of the fastest peer's, memory."""
+    lines = []
+    for group in cases(rows).values():
+        first = group[0]
+        lines.append(f"{first['shape']} {first['sizes']}, {first['dtype']} {first['variant']} {MODE[first['mode']]}")
+        _, peer = best(group)
+        for row in group:
+            if row["status"] != "ok":
+                lines.append(f"  {row['provider']:<24} {row['status']}")
+                continue
+            ratio = f"{row['median_s'] / peer['median_s']:.2f} of {peer['provider']}" if peer else ""
+            extra, held = row["peak_extra_bytes"], row.get("output_bytes")
+            memory = (
+                "" if extra is None else f"{size(extra)} extra" + ("" if held is None else f", {size(held)} of it outputs")
+            )
+            lines.append(f"  {row['provider']:<24} {duration(row['median_s']):>9}  {ratio:<30} {memory}".rstrip())
     return "\n".join(lines)
 
 
@@ -169,13 +215,16 @@ def _draw(groups: list[list[dict]], kind: str, path: Path) -> bool:
 def _panel(axis, panel: list[dict], kind: str, colours: dict[str, str]) -> None:
     panel = sorted(panel, key=lambda row: row["median_s"] if kind == "time" else row["peak_extra_bytes"])
     if kind == "time":
-        values = [1 / row["share_of_floor"] for row in panel]
+        # One floor for all, the measured one where there is one: a provider may have another of its own.
+        floor = next((row for row in panel if row["floor"] == "measured"), panel[0])["floor_s"]
+        least = next((row["provider"] for row in panel if row["kind"] == "floor"), "bytes / bandwidth")
+        values = [row["median_s"] / floor for row in panel]
         labels = [duration(row["median_s"]) for row in panel]
         start = min(0.5, min(values) / 2)
         axis.set_xscale("log")
         axis.axvline(1, color=FLOOR, linewidth=1, zorder=0)
         axis.set_xlim(start, max(values) * 6)
-        axis.set_xlabel("times the floor: " + ("zeros_like" if panel[0]["floor"] == "measured" else "bytes / bandwidth"))
+        axis.set_xlabel(f"times the floor: {least}")
     else:
         values = [row["peak_extra_bytes"] / 1e6 for row in panel]
         labels = [f"{value:,.1f} MB" for value in values]
@@ -199,7 +248,7 @@ def _panel(axis, panel: list[dict], kind: str, colours: dict[str, str]) -> None:
 
 def _colours(rows: list[dict]) -> dict[str, str]:
     """Ours blue, the floor grey, a peer the same colour in every panel."""
-    fixed = {"ours": OURS, "reference": "#9cc4e4", "floor": FLOOR}
+    fixed = {"ours": OURS, "reference": "#9cc4e4", "floor": FLOOR, "scale": SCALE}
     peers = list(dict.fromkeys(row["provider"] for row in rows if row["kind"] == "peer"))
     found = {row["provider"]: fixed[row["kind"]] for row in rows if row["kind"] in fixed}
     return {**found, **{name: PEERS[i % len(PEERS)] for i, name in enumerate(peers)}}
@@ -214,8 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastcap.benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", help="result files")
     parser.add_argument("--out", help="a folder to draw plots in")
+    parser.add_argument("--each", action="store_true", help="every provider, with its memory, before the table")
     given = parser.parse_args(arguments)
     rows = [row for file in given.files for row in read(file)]
+    if given.each:
+        print(each(rows) + "\n")
     print(table(rows))
     if given.out:
         Path(given.out).mkdir(parents=True, exist_ok=True)

@@ -141,3 +141,13 @@ def copy_bandwidth(device: str, nbytes: int | None = None) -> float:
     sink = torch.zeros_like(source)
     times = compare({"copy": lambda: sink.copy_(source)}, seconds=0, rounds=(9, 9), device=device, flush=False)["copy"]
     return 2 * nbytes / min(times)
+
+
+@functools.cache
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOPs a second of the fastest of 5 products of large square matrices: the ceiling of what is matrix products."""
+    n = 8192 if device.startswith("cuda") else 2048 if dtype == torch.float32 else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = compare({"product": lambda: torch.mm(a, b, out=out)}, seconds=0, rounds=(5, 5), device=device, flush=False)
+    return 2 * n**3 / min(times["product"])

@@ -33,14 +33,14 @@ def _add_rows_kernel(
 
 
 @triton.jit
-def _write_rows_kernel(out_ptr, ids_ptr, values_ptr, out_stride, H, ADD: tl.constexpr, BLOCK_H: tl.constexpr):
+def _write_rows_kernel(out_ptr, ids_ptr, values_ptr, out_strides, H, ADD: tl.constexpr, BLOCK_H: tl.constexpr):
     """out[ids[u]] = values[u], or += ; -1 is no row."""
     i_u = tl.program_id(0).to(tl.int64)
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.load(ids_ptr + i_u)
     m_h = (o_h < H) & (row >= 0)
     x = tl.load(values_ptr + i_u * H + o_h, mask=m_h, other=0.0)
-    p_out = out_ptr + row * out_stride + o_h
+    p_out = out_ptr + row * out_strides[0] + o_h.to(tl.int64) * out_strides[1]
     if ADD:
         x += tl.load(p_out, mask=m_h, other=0.0).to(x.dtype)
     tl.store(p_out, x.to(out_ptr.dtype.element_ty), mask=m_h)
@@ -78,7 +78,7 @@ class WordSums:
             out.zero_()
         block = block_of(values.shape[1], 1024)
         self._launch(_write_rows_kernel, (len(ids), triton.cdiv(values.shape[1], block)), 4, dict(
-            out_ptr=out, ids_ptr=ids, values_ptr=values, out_stride=out.stride(0), H=values.shape[1], ADD=add, BLOCK_H=block,
+            out_ptr=out, ids_ptr=ids, values_ptr=values, out_strides=out.stride(), H=values.shape[1], ADD=add, BLOCK_H=block,
         ))  # fmt: skip
 
     def sparse_rows(self, ids, values, shape):

@@ -299,9 +299,9 @@ class LinearKernels(WordSums):
         else:
             inv_denom.fill_(1.0)
         B, T = self.target.shape
-        if rows.numel() == B * T:
+        if rows.numel() == B * T:  # none, too
             rows.copy_(torch.arange(B * T, device=rows.device))
-        elif rows.numel() > 0:
+        elif rows.numel() > 0 and T > 0:
             first = (self.target != self.options.ignore_index).int().argmax(1)
             torch.add(first, torch.arange(0, B * T, T, device=rows.device), out=rows)
         return self.kept_rows(rows)

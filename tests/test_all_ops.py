@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 import pytest
@@ -17,7 +18,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):  # slow: float32 is left to the strides, float64 to test_<op>.py
     FLOATS = (torch.bfloat16,)
 CASES = [(name, case) for name, operation in OPERATIONS.items() for case in operation.cases()]
-SMALL = [(name, case) for name, case in CASES if sum(case.arguments[i].numel() for i in OPERATIONS[name].inputs) < 1000]
+SMALL = [
+    (name, case)
+    for name, case in CASES
+    if sum(case.arguments[i].numel() for i in OPERATIONS[name].given(case.arguments)) < 1000
+]
 
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -28,6 +33,16 @@ def every_case(cases=CASES):
 
 def dtype_id(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture(autouse=True)
+def on_backends_that_it_has(request):
+    """An operation is held to the contract on the backends that it has."""
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    where = next((given[key] for key in ("target", "fused", "compiled", "gpu", "backend") if key in given), "reference")
+    backend = getattr(where, "backend", where)
+    if "name" in given and backend not in OPERATIONS[given["name"]].backends:
+        pytest.skip(f"{given['name']} has no backend {backend}")
 
 
 @contextlib.contextmanager
@@ -52,7 +67,8 @@ def check(name, case, dtype, target, arguments=None):
         assert len(results) == len(exacts)
         for i, (a, e, p) in enumerate(zip(results, exacts, plains, strict=True)):
             assert a.dtype == dtype, (kind, i, a.dtype)
-            assert_close_to_float64(a, e, p, f"{kind} {i} of {name} ({case.name})")
+            size = case.size if kind == "output" else 0.0
+            assert_close_to_float64(a, e, p, f"{kind} {i} of {name} ({case.name})", size)
 
 
 @every_case()
@@ -69,7 +85,7 @@ def test_gradients_pass_gradcheck(name, case, backend):
         pytest.skip(fastcap.backends()[backend].reason)
     operation = OPERATIONS[name]
     arguments = case.to(torch.float64)
-    leaves = {i: arguments.pop(i).requires_grad_() for i in operation.inputs}
+    leaves = {i: arguments.pop(i).requires_grad_() for i in operation.given(arguments)}
 
     def call(*values):
         with fastcap.backend(backend):
@@ -93,15 +109,18 @@ class Recorded(TorchDispatchMode):
 
 
 @every_case(SMALL)
-def test_operators_pass_opcheck(name, case):
+def test_operators_pass_opcheck(name, case, monkeypatch):
     """Schema, fake tensors (the Meta implementation's shapes) and what torch.compile makes of the raw operators."""
     if not fastcap.backends()["cpp"]:
         pytest.skip(fastcap.backends()["cpp"].reason)
-    with Recorded() as recorded:
-        evaluate(OPERATIONS[name], case.to(torch.float32), "cpp")
+    with Recorded() as recorded:  # a backward that frees its graph may write in place, which no operator does
+        evaluate(OPERATIONS[name], case.to(torch.float32), "cpp", retain_graph=True)
     assert {f"{func._schema.name}" for func in recorded.calls} == {f"fastcap::{o}" for o in OPERATIONS[name].operators}
-    for func, args in recorded.calls.items():
-        torch.library.opcheck(func, tuple(args))
+    # What a forward keeps for its backward may have rows that nobody needs or writes: NaN in both of the runs compared
+    monkeypatch.setattr(torch.testing, "assert_close", functools.partial(torch.testing.assert_close, equal_nan=True))
+    with poisoned_memory():
+        for func, args in recorded.calls.items():
+            torch.library.opcheck(func, tuple(args))
 
 
 COMPILED = [(name, case) for name, operation in OPERATIONS.items() for case in operation.cases()[::5]]
@@ -182,24 +201,29 @@ def test_an_empty_batch_gives_nothing_and_no_error(name, dtype, target):
         outputs, gradients = evaluate(operation, operation.empty.to(dtype, target.device), target.backend)
     for output in outputs:
         assert output.dtype == dtype and (output == 0).all()
-    for i, gradient in zip(operation.inputs, gradients, strict=True):
-        assert gradient.shape == operation.empty.arguments[i].shape and gradient.numel() == 0
+    for i, gradient in zip(operation.given(operation.empty.arguments), gradients, strict=True):
+        assert gradient.dtype == dtype and gradient.shape == operation.empty.arguments[i].shape
+        assert (gradient == 0).all()  # a parameter's has elements, also where the batch has none
 
 
 @every_operation
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=dtype_id)
 def test_autocast_gives_float32_results_and_gradients_in_the_inputs_dtype(name, dtype, target):
+    """Matrices are multiplied in autocast's dtype, as plain torch does it; float64 stays float64."""
     operation = OPERATIONS[name]
-    case = operation.cases()[0]
-    with torch.autocast(target.device, dtype=torch.bfloat16):
+    # a loss for each token, where there is one: the error of their mean may vanish by chance, and allow nothing
+    case = next((case for case in operation.cases() if case.arguments.get("reduction") == "none"), operation.cases()[0])
+    autocast = functools.partial(torch.autocast, target.device, dtype=torch.bfloat16)
+    with autocast():
         outputs, gradients = evaluate(operation, case.to(dtype, target.device), target.backend)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert [o.dtype for o in outputs] == [wanted] * len(outputs)
     assert [g.dtype for g in gradients] == [dtype] * len(gradients)
-    exact, _ = evaluate(operation, case.to(dtype, keep=torch.float64), "reference")
-    plain, _ = evaluate(operation, case.to(dtype, keep=wanted), "reference")
-    for o, e, p in zip(outputs, exact, plain, strict=True):
-        assert_close_to_float64(o, e, p, name)
+    exact = evaluate(operation, case.to(dtype, keep=torch.float64), "reference")
+    with autocast(enabled=operation.autocasts):
+        plain = evaluate(operation, case.to(dtype, target.device, keep=wanted), "reference")
+    for o, e, p in zip(outputs + gradients, exact[0] + exact[1], plain[0] + plain[1], strict=True):
+        assert_close_to_float64(o, e, p.to(o.dtype), name)
 
 
 @every_case()
@@ -257,7 +281,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(name, case, gpu):
     expected = evaluate(operation, arguments, gpu.backend)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        leaves = {i: arguments[i].detach().requires_grad_() for i in operation.inputs}
+        leaves = {i: arguments[i].detach().requires_grad_() for i in operation.given(arguments)}
         with fastcap.backend(gpu.backend):
             outputs = operation.function(**{**arguments, **leaves})
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
@@ -272,7 +296,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(name, case, gpu):
 @every_case()
 def test_forward_and_backward_are_captured_in_a_cuda_graph(name, case, gpu):
     operation, arguments = OPERATIONS[name], case.to(torch.float32, gpu.device)
-    leaves = {i: arguments[i].detach().clone().requires_grad_() for i in operation.inputs}
+    leaves = {i: arguments[i].detach().clone().requires_grad_() for i in operation.given(arguments)}
     upstreams = [upstream(o) for o in evaluate(operation, arguments, gpu.backend)[0]]
 
     def step():
@@ -292,7 +316,7 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(name, case, gpu):
         outputs, gradients = step()
     with torch.no_grad():
         for leaf in leaves.values():  # other values in the same memory
-            leaf.copy_(leaf.flip(-1))
+            leaf.copy_(0.75 * leaf.flip(-1))
     graph.replay()
     other = {**arguments, **{i: leaf.detach() for i, leaf in leaves.items()}}
     expected = evaluate(operation, other, gpu.backend)
@@ -319,7 +343,7 @@ def test_kernels_run_in_the_current_stream(name, gpu):
     case = operation.cases()[0]
     arguments = case.to(torch.float32, gpu.device)
     expected = evaluate(operation, arguments, gpu.backend)
-    late = {i: torch.full_like(arguments[i], torch.nan) for i in operation.inputs}
+    late = {i: torch.full_like(arguments[i], torch.nan) for i in operation.given(arguments)}
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

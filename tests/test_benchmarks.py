@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from fastcap.benchmarks import __main__ as runner
+from fastcap.benchmarks import bench_linear_subset_cross_entropy as linear
 from fastcap.benchmarks import bench_subset_cross_entropy as subset
-from fastcap.benchmarks import captions, floors, harness, peers, report, timing
-from fastcap.benchmarks.harness import Case, Problem, Provider, Settings
+from fastcap.benchmarks import captions, floors, harness, peers, plain, report, timing
+from fastcap.benchmarks.harness import Case, Goal, Problem, Provider, Settings
 
 import fastcap
 from fastcap import bench, memory
@@ -39,7 +41,7 @@ TARGET = torch.tensor([[4, 2, 4], [7, -100, -100]])
 
 
 def test_counts_by_hand():
-    assert floors.count(TARGET) == floors.Counts(positions=6, valid=4, captions=2, pairs=7, distinct=3)
+    assert floors.count(TARGET) == floors.Counts(positions=6, valid=4, captions=2, pairs=7, distinct=3, words=3)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,33 @@ def test_counts_by_hand():
 def test_traffic_by_hand(rows, gathers, backward, read, flops):
     found = floors.subset_cross_entropy(TARGET, 100, 4, rows=rows, gathers=gathers, backward=backward, sector=64)
     assert found == floors.Traffic(read, flops)
+
+
+@pytest.mark.parametrize(
+    ("rows", "gathers", "backward", "grad_weight", "moved", "flops"),
+    [  # a row of the hidden states or of W is 40 bytes, and 20 FLOPs a logit
+        ("none", True, False, "dense", 48 + (4 + 3) * 40, 20 * 7),
+        ("none", True, True, "dense", 48 + 2 * (4 + 3) * 40 + (6 + 100) * 40, 3 * 20 * 7),
+        ("none", True, True, "sparse", 48 + 2 * (4 + 3) * 40 + 6 * 40 + 3 * (40 + 8), 3 * 20 * 7),
+        ("none", True, True, "accumulate", 48 + 2 * (4 + 3) * 40 + 6 * 40 + 3 * 2 * 40, 3 * 20 * 7),
+        ("first", True, False, "dense", 48 + (4 + 100) * 40, 20 * (4 + 200)),  # 2 + 1 pairs belong to first tokens
+        ("all", True, True, "dense", 48 + 2 * (4 + 100) * 40 + (6 + 100) * 40, 3 * 20 * 400),
+        ("all", False, True, "accumulate", 48 + 2 * (4 + 100) * 40 + (6 + 200) * 40, 3 * 20 * 400),
+    ],
+)
+def test_traffic_with_the_head_by_hand(rows, gathers, backward, grad_weight, moved, flops):
+    given = dict(rows=rows, gathers=gathers, backward=backward, grad_weight=grad_weight)
+    found = floors.linear_subset_cross_entropy(TARGET, 100, 10, 4, **given)
+    assert found == floors.Traffic(moved, flops)
+
+
+def test_flops_without_padding_are_the_known_formulas():
+    B, T, V, H = 5, 7, 1_000, 16
+    target = torch.arange(B * T).view(B, T)
+    subset_only = floors.linear_subset_cross_entropy(target, V, H, 4, rows="none", gathers=True, backward=True)
+    assert subset_only.flops == 3 * 2 * (B * T) * T * H
+    mixture = floors.linear_subset_cross_entropy(target, V, H, 4, rows="all", gathers=True, backward=True)
+    assert mixture.flops == 6 * (B * T) * V * H
 
 
 # Inputs ----------------------------------------------------------------------------------------------------------------
@@ -78,6 +107,13 @@ def test_padded_share_is_met():
     assert (target == -100).float().mean() == pytest.approx(0.25, abs=0.03)
 
 
+def test_rows_without_padding_are_captions_in_a_row():
+    target = captions.draw_targets(8, 64, 30_522, padded=0.0)
+    assert target.shape == (8, 64) and (target >= 0).all()
+    assert ((target == captions.spread(0, 30_522)).sum(1) >= 2).all()  # ends of captions inside a row
+    assert len({tuple(row) for row in target.tolist()}) == 8
+
+
 def test_words_keep_apart():
     ids = {captions.spread(rank, 9_490) for rank in range(9_490)}
     assert len(ids) == 9_490 and max(ids) < 9_490
@@ -89,6 +125,66 @@ def test_own_captions_suffice(monkeypatch, tmp_path):
     found = captions.load.__wrapped__()
     assert len(found.words) == 40 and "own" in found.source
     assert 8 < sum(map(len, found.words)) / 40 < 14
+
+
+# Plain torch -----------------------------------------------------------------------------------------------------------
+
+
+def masked_step(hidden, weight, target, variant):
+    """The loss and both gradients, by the masked formulation on all logits at once."""
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    loss = plain.masked(hidden @ weight.T, target, variant, fill=-torch.inf)
+    return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.fixture
+def head():
+    """(hidden states, head, targets) in float64: three captions, a repeated word, a pad in the middle and at the end."""
+    generator = torch.Generator().manual_seed(3)
+    target = torch.tensor([[4, 2, 4, -100], [7, -100, 0, 12], [12, 7, 7, 7]])
+    hidden, weight = (torch.randn(*shape, 5, generator=generator, dtype=torch.float64) for shape in ((3, 4), (13,)))
+    return hidden, weight, target
+
+
+@pytest.mark.parametrize("variant", plain.VARIANTS)
+def test_exact_answer_does_not_depend_on_its_groups(head, variant, monkeypatch):
+    wanted = masked_step(*head, variant)
+    for group in (1, 2**27):  # one caption at a time, and all at once
+        monkeypatch.setattr(plain, "GROUP", group)
+        found = plain.linear_exact(*head, variant, True, torch.tensor(0.5), torch.float64)
+        for got, exact, factor in zip(found, wanted, (1.0, 0.5, 0.5), strict=True):
+            got = got.to_dense() if got.is_sparse else got
+            torch.testing.assert_close(got, factor * exact, rtol=1e-12, atol=1e-14)
+        assert found[2].is_sparse == (variant == "subset")
+        torch.testing.assert_close(plain.linear_exact(*head, variant, False, None, torch.float64), (wanted[0],))
+
+
+@pytest.mark.parametrize("variant", [name for name in plain.VARIANTS if name != "full"])
+def test_gathered_loss_is_the_masked_one(head, variant):
+    hidden, weight, target = head
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    loss = plain.linear_gather(hidden, weight, target, variant)
+    found = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+    torch.testing.assert_close(found, masked_step(hidden.detach(), weight.detach(), target, variant), rtol=1e-12, atol=1e-14)
+
+
+def test_accumulated_gradient_is_checked_by_difference(head):
+    hidden, weight, target = head
+    *_, exact = masked_step(*head, "subset")
+
+    def loss_of(h, w):
+        return plain.linear_gather(h, w, target, "subset")
+
+    def overwrites(h, w):
+        w.grad.zero_()
+        return loss_of(h, w)
+
+    upstream = torch.tensor(0.37, dtype=torch.float64)
+    inputs = linear.Inputs(hidden, weight, target)
+    *_, found = linear.accumulating(loss_of, inputs)(upstream)
+    torch.testing.assert_close(found, 0.37 * exact, rtol=1e-12, atol=1e-14)
+    *_, wrong = linear.accumulating(overwrites, inputs)(upstream)
+    assert not torch.allclose(wrong, 0.37 * exact, rtol=0.1)
 
 
 # The harness -----------------------------------------------------------------------------------------------------------
@@ -172,24 +268,141 @@ def test_a_wrong_provider_is_not_timed(tmp_path):
     assert "wrong_loss: wrong in 1 case: errors" in report.table(rows)
 
 
+def test_errors_compare_row_sparse_outputs_block_by_block(monkeypatch):
+    monkeypatch.setattr(harness, "_BLOCK", 6)  # two rows
+    dense = torch.zeros(7, 3, dtype=torch.float64)
+    dense[1], dense[6] = torch.tensor([1.0, -4.0, 2.0]), torch.tensor([0.5, 0.0, 3.0])
+    repeated = torch.sparse_coo_tensor(
+        [[6, 1, 6]], torch.stack([dense[6] / 2, dense[1], dense[6] / 2]), (7, 3), check_invariants=True
+    )
+    for got in (dense, dense.to_sparse(1), repeated):
+        for exact in (dense, dense.to_sparse(1)):
+            assert harness.errors((got.float(),), (exact,)) == [0.0]
+    for row, value in ((1, 1.0), (4, 4.0)):  # a row that has a gradient, and one that should have none
+        wrong = dense.clone()
+        wrong[row, 0] += value
+        for got in (wrong, wrong.to_sparse(1)):
+            assert harness.errors((got,), (dense.to_sparse(1),)) == [value / 4]
+    wrong[0, 0] = torch.nan
+    assert not harness.errors((wrong,), (dense,))[0] <= 1.0
+    assert harness.errors((dense[:6],), (dense,)) == [float("inf")]
+
+
+def test_outputs_are_weighed():
+    sparse = torch.sparse_coo_tensor([[1, 4]], torch.ones(2, 3), (7, 3), check_invariants=True)
+    assert harness.nbytes((torch.ones(5, dtype=torch.bfloat16), sparse)) == 10 + 2 * 8 + 2 * 3 * 4
+
+
+def test_a_call_of_minutes_runs_three_times():
+    calls = []
+
+    def slow(upstream):
+        calls.append(upstream)
+        return right(upstream)
+
+    (result,) = harness.measure(dataclasses.replace(a_case(slow=slow), rounds=0), TINY)
+    assert len(calls) == 3 and calls[1:] == [None, None]  # checked once, weighed in two, and timed meanwhile
+    row = result.row
+    assert row["status"] == "ok" and row["rounds"] == 2 and row["p25_s"] <= row["median_s"] <= row["p75_s"]
+
+
+def test_a_provider_that_does_less_has_a_floor_of_its_own():
+    case = a_case(right=right, less=right, least=right)
+    problem = case.build()
+    problem.providers["less"].traffic = floors.Traffic(8, 2)
+    problem.providers["least"].kind = "floor"
+    found = {
+        result.row["provider"]: result.row
+        for result in harness.measure(dataclasses.replace(case, build=lambda: problem), TINY)
+    }
+    assert found["right"]["floor"] == "measured" and found["right"]["floor_s"] == found["least"]["median_s"]
+    assert found["less"]["floor"] == "traffic" and (found["less"]["bytes"], found["less"]["flops"]) == (8, 2)
+    assert found["less"]["floor_s"] == pytest.approx(8 / found["less"]["ceiling_bytes_per_s"])
+
+
+def test_another_computation_is_timed_but_no_peer():
+    case = a_case(right=right, another=lambda upstream: (torch.tensor(9.0),))
+    problem = case.build()
+    problem.providers["another"].kind = "scale"
+    rows = [result.row for result in harness.measure(dataclasses.replace(case, build=lambda: problem), TINY)]
+    assert [row["status"] for row in rows] == ["ok", "ok"] and "errors" not in rows[1]
+    assert report.best(rows)[1]["provider"] == "right"
+
+
+def test_rounding_of_products_is_allowed_to_peers_alone():
+    case = a_case(peer=lambda upstream: (right(upstream)[0], right(upstream)[1] * (1 + 5e-5)), ours=right)
+    problem = case.build()
+    problem.providers["ours"] = dataclasses.replace(problem.providers["peer"], kind="ours")
+    case = dataclasses.replace(case, build=lambda: problem)
+    for problem.products, expected in ((False, ["wrong", "wrong"]), (True, ["ok", "wrong"])):
+        assert [result.row["status"] for result in harness.measure(case, TINY)] == expected
+
+
+def test_goals_are_judged_in_their_own_case():
+    rows = {
+        "ours": {"median_s": 2.0, "peak_extra_bytes": 9e6, "scratch_bytes": 5e6, "share_of_products": 0.7},
+        "peer": {"median_s": 4.0, "peak_extra_bytes": 90e6, "scratch_bytes": None},
+    }
+    for goal, found, met in (
+        (Goal("ours", 0.6, "peer"), 0.5, True),
+        (Goal("ours", 0.4, "peer"), 0.5, False),
+        (Goal("ours", 1e7, quantity="memory"), 9e6, True),
+        (Goal("ours", 1.0, "peer", "memory"), 0.1, True),
+        (Goal("ours", 6e6, quantity="scratch", at_least=True), 5e6, False),
+        (Goal("ours", 0.65, quantity="products", at_least=True), 0.7, True),
+        (Goal("ours", 1.0, "peer", "scratch"), None, None),
+        (Goal("ours", 1.0, "missing"), None, None),
+    ):
+        judged = goal.judge(rows)
+        assert (judged["found"], judged["met"]) == (pytest.approx(found) if found else None, met), goal
+    case = dataclasses.replace(
+        a_case(right=right), goals=(Goal("right", 1e-12), Goal("right", 1e9, quantity="scratch", at_least=True))
+    )
+    problem = case.build()
+    problem.providers["absent"] = Provider(None, missing="not installed")
+    absent = (*case.goals, Goal("right", 1.0, "absent"), Goal("absent", 1.0))  # the row says why; no goal does again
+    case = dataclasses.replace(case, goals=absent, providers=("right", "absent"), build=lambda: problem)
+    table = report.table([result.row for result in harness.measure(case, TINY)])
+    assert table.count("absent") == 1 and "absent: unavailable in 1 case: not installed" in table
+    assert "tiny fp32 plain fwd+bwd: right at most 0.00 us: " in table and "MISSED" in table
+    assert "right at least 1.00 GB beyond its outputs: 0." in table
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_goals_name_providers_of_their_case(device):
+    promised = {key[1:] for key in linear.GOALS if key[0] == device}
+    for case in linear.cases(Settings("all", device)):
+        promised -= {(case.shape, case.variant)} if case.goals else set()
+        for goal in case.goals:
+            assert goal.provider in case.providers and goal.against in (*case.providers, ""), (case.name, goal)
+    assert not promised
+
+
 def test_no_case_begins_after_the_deadline():
     settings = Settings("tiny", "cpu", deadline=time.time() - 1)
     (result,) = harness.measure(a_case(right=right), settings)
     assert result.row["status"] == "skipped" and "out of time" in result.row["reason"]
 
 
-def test_every_variant_is_computed_alike_by_all_who_can():
-    cases = [case for case in subset.cases(TINY) if case.mode == "forward_backward"]
-    assert {case.variant for case in cases} == set(subset.VARIANTS)
+@pytest.mark.parametrize("module", [subset, linear], ids=lambda module: module.OPERATION)
+def test_every_variant_is_computed_alike_by_all_who_can(module):
+    cases = [case for case in module.cases(TINY) if case.mode == "forward_backward"]
+    assert {case.variant for case in cases} == set(plain.VARIANTS)
     for case in cases:
         rows = [result.row for result in harness.measure(case, TINY)]
         assert {row["status"] for row in rows} <= {"ok", "unavailable"}, report.table(rows)
-        done = {row["provider"] for row in rows if row["status"] == "ok"}
-        assert done >= {"reference", "zeros_like"} and len(done & {"masked", "gather", "cross_entropy"}) >= 1
-        for row in rows:
-            if row["status"] == "ok":
-                assert row["p25_s"] <= row["median_s"] <= row["p75_s"] and row["bytes"] > 0 and row["rounds"] >= 5
-                assert row["machine"]["torch"] == torch.__version__ and row["memory_method"]
+        done = {row["provider"]: row for row in rows if row["status"] == "ok"}
+        assert "reference" in done and done.keys() & {"zeros_like", "matmuls"}
+        assert any(row["kind"] == "peer" for row in done.values())
+        for row in done.values():
+            assert row["p25_s"] <= row["median_s"] <= row["p75_s"] and row["bytes"] > 0 and row["rounds"] >= 3
+            assert row["machine"]["torch"] == torch.__version__ and row["memory_method"] and row["output_bytes"] > 0
+        if module is linear:
+            assert all(0 < row["share_of_products"] < 1.5 for row in done.values())
+            forms = {"subset": {"-sparse", "-accumulate"}, "mixture": {"-32MB", "-4GB"}, "full": {"-32MB", "-4GB", "-0"}}
+            assert {f"cpp{form}" for form in forms.get(case.variant, ())} <= set(case.providers)
+            assert case.variant != "subset" or {"reference-sparse", "reference-accumulate"} <= done.keys()
+            assert case.variant != "full" or "cross_entropy" in done
 
 
 def test_ids_name_provider_shape_dtype_and_mode():
@@ -197,17 +410,20 @@ def test_ids_name_provider_shape_dtype_and_mode():
     assert case.name == "blip-fp32-subset-forward_backward" and case.providers[0] == "cpp"
 
 
-def test_too_large_a_case_is_skipped(monkeypatch):
+@pytest.mark.parametrize("module", [subset, linear], ids=lambda module: module.OPERATION)
+def test_too_large_a_case_is_skipped(module, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10**6)
-    rows = [result.row for result in harness.measure(subset.cases(Settings("quick", "cpu"))[0], TINY)]
-    assert {row["status"] for row in rows} == {"skipped"} and "needs 1 GB" in rows[0]["reason"]
+    rows = [result.row for result in harness.measure(module.cases(Settings("quick", "cpu"))[0], TINY)]
+    assert {row["status"] for row in rows} == {"skipped"} and "needs " in rows[0]["reason"]
+    assert "0.0 GB are free" in rows[0]["reason"] or "0 GB are free" in rows[0]["reason"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_gpu_rows_hold_device_and_host_time():
+@pytest.mark.parametrize("module", [subset, linear], ids=lambda module: module.OPERATION)
+def test_gpu_rows_hold_device_and_host_time(module):
     settings = Settings("tiny", "cuda", seconds=0.05)
-    for case in subset.cases(settings)[:2]:
+    for case in module.cases(settings)[:2]:
         rows = [result.row for result in harness.measure(case, settings)]
         timed = [row for row in rows if row["status"] == "ok"]
         assert {"triton", "gather"} <= {row["provider"] for row in timed}, report.table(rows)
@@ -215,7 +431,26 @@ def test_gpu_rows_hold_device_and_host_time():
 
 
 def test_missing_peers_say_why():
-    assert "GPU" in peers.missing("cpu")["liger_kernel"]
+    reasons = peers.missing("cpu")
+    assert set(reasons) == {"liger_kernel", "liger_kernel_linear", "cut_cross_entropy"}
+    assert all("runs on GPUs only" in reason for reason in reasons.values())
+
+
+def test_torch_chunks_rows_as_asked():
+    peer = peers.torch_chunked(3)
+    if peer.call is None:
+        pytest.skip(peer.reason)
+    hidden, weight, target = torch.randn(8, 4), torch.randn(11, 4), torch.arange(8)
+    torch.testing.assert_close(
+        peer.call(hidden, weight, target), torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+    )
+
+
+def test_every_provider_has_its_line(tmp_path):
+    rows = [result.row for result in harness.measure(a_case(right=right, wrong=lambda upstream: right(None)), TINY)]
+    shown = report.each(rows).splitlines()
+    assert shown[0] == "tiny 2, fp32 plain fwd+bwd" and len(shown) == 3
+    assert "1.00 of right" in shown[1] and "0.0 MB of it outputs" in shown[1] and shown[2].split() == ["wrong", "wrong"]
 
 
 # Reports and commands --------------------------------------------------------------------------------------------------

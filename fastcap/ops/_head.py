@@ -111,7 +111,7 @@ class Head(NamedTuple):
     def gather(self, ids: Tensor) -> Tensor:
         """[..., H] rows of the head by id; what is no id gets some row, which counts for nothing."""
         safe = ids.masked_fill((ids < 0) | (ids >= self.linear_weight.shape[0]), 0)
-        return self.linear_weight.index_select(0, safe.flatten()).to(self.x.dtype).view(*ids.shape, -1)
+        return self.linear_weight.index_select(0, safe.flatten()).to(self.x.dtype).view(*ids.shape, self.x.shape[1])
 
 
 # Few candidates --------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def set_backward(head: Head, dset: Tensor, g: Tensor, dx: Tensor | None, need_wo
     own = None
     if head.ids is not None:
         own, dset = dset[..., 0].reshape(N, 1).contiguous(), dset[..., 1:]
-    dset = dset.reshape(G, R, K)
+    dset = dset.reshape(G, R, K).contiguous()
     low = dset.to(x.dtype)
     if dx is not None:
         for begin, end in _chunks(x, ids, H):
@@ -170,13 +170,13 @@ def set_backward(head: Head, dset: Tensor, g: Tensor, dx: Tensor | None, need_wo
         every = torch.cat([every, labels.masked_fill(labels == head.options.ignore_index, -1)])
     group, distinct = head.kernels.group(every)
     dwords, dbias = dset.new_zeros(len(distinct), H), dset.new_zeros(len(distinct), 1)
-    if R == 1:
+    if R == 1 and K > 0:
         head.kernels.add_rows(dwords, group[: G * K], dset.flatten(), head.x, K)
-    else:
-        for begin, end in _chunks(x, ids, H):
-            sums = torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H)
-            head.kernels.add_rows(dwords, group[begin * K : end * K], None, sums, 1)
-    head.kernels.add_rows(dbias, group[: G * K], None, dset.sum(1).view(-1, 1), 1)
+    for begin, end in _chunks(x, ids, H) if R > 1 and K > 0 else ():
+        sums = torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H)
+        head.kernels.add_rows(dwords, group[begin * K : end * K], None, sums, 1)
+    if K > 0:
+        head.kernels.add_rows(dbias, group[: G * K], None, dset.sum(1).view(-1, 1), 1)
     if own is not None:
         head.kernels.add_rows(dwords, group[G * K :], own.flatten(), head.x, 1)
         head.kernels.add_rows(dbias, group[G * K :], None, own, 1)

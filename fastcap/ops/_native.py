@@ -141,6 +141,9 @@ class LinearKernels:
         self._c.linear_subset_cross_entropy_add_rows_cpu(values, group, factor, source, share, self._threads)
 
     def write_rows(self, out, ids, values, add, clear):
+        if out.stride(1) != 1 and out.shape[1] > 1:  # rows that are not contiguous: somebody's own .grad
+            out[ids] = (out[ids].to(values.dtype) + values if add else values).to(out.dtype)
+            return
         self._c.linear_subset_cross_entropy_write_rows_cpu(out, ids, values, add, clear, self._threads)
 
     def sparse_rows(self, ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

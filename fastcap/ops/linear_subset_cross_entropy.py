@@ -14,40 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _head, _subset
+from fastcap.ops import _backend, _checks, _grad_weight, _head, _subset
 from fastcap.ops._autograd import once
 from fastcap.ops._subset import Options
 
 OP = "linear_subset_cross_entropy"
-GRAD_WEIGHTS = ("dense", "sparse", "accumulate")
 DEFAULT_BUDGET = 256 << 20
-
-
-class _AsGradWeight(torch.autograd.Function):
-    """The weight itself; its gradient comes back row-sparse, or is added into the parameter and does not come back."""
-
-    @staticmethod
-    def forward(ctx, linear_weight, grad_weight):
-        ctx.linear_weight, ctx.grad_weight = linear_weight, grad_weight
-        return linear_weight.view_as(linear_weight)
-
-    @staticmethod
-    def backward(ctx, dweight):
-        if ctx.grad_weight == "sparse":
-            return dweight.to_sparse(1), None
-        into = accumulator(ctx.linear_weight)
-        into += dweight.to(into.dtype)
-        return None, None
-
-
-def accumulator(linear_weight: Tensor) -> Tensor:
-    """Where "accumulate" adds: the parameter's `main_grad` if it carries one, else its `.grad`, made if it is None."""
-    main_grad = getattr(linear_weight, "main_grad", None)
-    if main_grad is not None:
-        return main_grad
-    if linear_weight.grad is None:
-        linear_weight.grad = torch.zeros_like(linear_weight)
-    return linear_weight.grad
 
 
 def reference(
@@ -64,7 +36,7 @@ def reference(
 ) -> Tensor:
     """The logits, and the masked formulation on them, in plain torch, on any device. O(B T V) memory."""
     if grad_weight != "dense" and linear_weight.requires_grad and torch.is_grad_enabled():
-        linear_weight = _AsGradWeight.apply(linear_weight, grad_weight)
+        linear_weight = _grad_weight.AsGradWeight.apply(linear_weight, grad_weight)
     logits = F.linear(input, linear_weight, linear_bias)
     return _subset.masked_loss(logits, target, ids, weight, token_weight, options).to(out_dtype)
 
@@ -135,6 +107,7 @@ def _fwd_outputs(input, linear_weight, target, ids, options: Options, call: _Cal
     return input.new_empty((B, T) if options.reduction == "none" else (), dtype=acc), kept
 
 
+@torch.no_grad()
 def _fwd(input, linear_weight, linear_bias, target, ids, weight, token_weight, *rest):
     options, call = Options(*rest[:-6]), _Call(*rest[-6:])
     out, kept = _fwd_outputs(input, linear_weight, target, ids, options, call)
@@ -158,6 +131,7 @@ def _fwd_meta(input, linear_weight, linear_bias, target, ids, weight, token_weig
     return out, *kept
 
 
+@torch.no_grad()
 def _bwd(grad_out, input, linear_weight, linear_bias, target, ids, weight, *rest):
     kept, options, call = _head.Kept(*rest[:9]), Options(*rest[9:-6]), _Call(*rest[-6:])
     head = _make_head(input, linear_weight, linear_bias, target, ids, weight, None, options, call)
@@ -188,7 +162,7 @@ def _make_head(input, linear_weight, linear_bias, target, ids, weight, token_wei
         from fastcap.ops._native import LinearKernels
     bias = None if linear_bias is None else linear_bias.to(_acc(input)).contiguous()
     kernels = LinearKernels(target, ids, weight, token_weight, bias, linear_weight.shape[0], options)
-    x = input.reshape(-1, input.shape[2])
+    x = input.reshape(-1, input.shape[2]).contiguous()
     return _head.Head(kernels, x, linear_weight, target, ids, options, call.budget)
 
 
@@ -232,14 +206,15 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
 
 
 def _backward(ctx, grad_out):
-    """The gradients, by the operator where autograd's graph is traced; else directly, which may write in place."""
+    """The gradients, by the operator where a tracer may look on; else directly, which may write in place."""
     tensors, call = ctx.saved_tensors, ctx.call
-    if ctx.grad_weight == "dense" and (call.plan != "rows" or torch.compiler.is_compiling() or _keeps_graph()):
+    traced = torch.compiler.is_compiling() or type(grad_out) is not Tensor
+    if ctx.grad_weight == "dense" and (call.plan != "rows" or traced or _keeps_graph()):
         dinput, dweight, dbias = torch.ops.fastcap.linear_subset_cross_entropy_bwd(grad_out, *tensors, *ctx.options, *call)
         return dinput, dweight if call.need_weight else None, dbias
     input, linear_weight, linear_bias, target, ids, weight, *kept = tensors
     head = _make_head(input, linear_weight, linear_bias, target, ids, weight, None, ctx.options, call)
-    into = None if ctx.parameter is None else accumulator(ctx.parameter)
+    into = None if ctx.parameter is None else _grad_weight.accumulator(ctx.parameter)
     with torch.no_grad():
         dx, dweight, dbias = _head.backward(
             head, call.plan, _head.Kept(*kept), grad_out, *call[:3], into, ctx.grad_weight == "sparse", True
@@ -276,7 +251,58 @@ def linear_subset_cross_entropy(
     grad_weight: str = "dense",
     memory_budget: int | None = None,
 ) -> Tensor:
-    """`subset_cross_entropy` of the logits `input @ linear_weight.T + linear_bias`, which are never made whole."""
+    """Cross-entropy over a subset of the vocabulary from hidden states, fused with the head: SMILE by default.
+
+    Equivalent to::
+
+        subset_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
+
+    but the logits [B, T, V] never exist. A token that chooses among few words multiplies with their rows of the head only,
+    and time and memory do not grow with V; one that needs all (first tokens, `mle_weight`, "full", "reverse") goes through
+    blocks of at most `memory_budget` bytes, one pass serving all parts of the loss.
+
+    Args:
+        input: hidden states [B, T, H], float32, float64, float16 or bfloat16, any strides. [N, H] is one caption of N
+            tokens.
+        linear_weight: the head's weight [V, H], in the dtype of `input` (under autocast, any); may be tied to an embedding.
+        target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`.
+        linear_bias: the head's bias [V], or None. Its gradient is always dense.
+        subset, first_token, mle_weight, weight, token_weight, ignore_index, label_smoothing, logit_softcap, z_loss,
+            num_random, seed, reduction: as in `subset_cross_entropy`. With subset="full" the function is
+            `torch.nn.functional.linear_cross_entropy` of class indices.
+        grad_weight: how the gradient of `linear_weight` comes.
+            "dense": [V, H], as from torch.
+            "sparse": a coalesced sparse tensor of the rows of the batch's words, for torch.optim.SparseAdam or SGD. Only
+            where no token uses the whole vocabulary.
+            "accumulate": added in place into `linear_weight.main_grad` if the parameter carries one, else into
+            `linear_weight.grad` (made of zeros if it is None); autograd itself gets none, so no hook of the parameter runs.
+            Keep `.grad` between steps, with zero_grad(set_to_none=False) or by zeroing only the rows in use.
+        memory_budget: bytes of scratch for the tokens that use the whole vocabulary; None is 256 MiB, 0 the smallest blocks.
+            Logits are kept for the backward where they fit it, and else made in blocks.
+
+    Returns:
+        A scalar, or [B, T] (or [N]) for "none", 0 at ignored tokens. In the dtype of `input`, float32 under autocast.
+
+    Raises:
+        FastcapError: an argument breaks its rule; the message names it. On a CUDA device a target or id out of range gives
+            a NaN loss, never a wrong read; FASTCAP_CHECK=1 turns that into the error, at the price of a synchronisation.
+        RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
+
+    Deterministic. Products run in the dtype of `input`, sums in float32 (float64 for float64 input). Between forward and
+    backward it keeps 4 bytes a candidate and token, and for tokens that use the whole vocabulary their logits' gradient (if
+    it fits the budget), or the gradients of input and weight, or 32 bytes a token: docs/math says when.
+
+    Source: Yue et al., Learning Descriptive Image Captioning via Semipermeable Maximum Likelihood Estimation
+    (arXiv:2306.13460), section 3.2.
+
+    >>> import torch
+    >>> head = torch.nn.Linear(16, 1000)
+    >>> hidden = torch.randn(2, 5, 16, requires_grad=True)
+    >>> loss = linear_subset_cross_entropy(hidden, head.weight, torch.randint(1000, (2, 5)), linear_bias=head.bias)
+    >>> loss.backward()
+    >>> hidden.grad.shape, head.weight.grad.shape
+    (torch.Size([2, 5, 16]), torch.Size([1000, 16]))
+    """
     _checks.check_tensor(OP, "input", input, "pass the hidden states before the head")
     _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the hidden states")
     flat = input.dim() == 2
@@ -286,7 +312,7 @@ def linear_subset_cross_entropy(
         raise bad(
             OP, "input", "have shape [B, T, H] or [N, H], H >= 1", list(input.shape), "pass hidden states, features last"
         )
-    budget = _check_head(input, linear_weight, linear_bias, grad_weight, memory_budget)
+    budget = _check_head(input, linear_weight, linear_bias, memory_budget)
     V, device = linear_weight.shape[0], input.device.type
     widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
     out_dtype = torch.float32 if widened else input.dtype
@@ -297,7 +323,7 @@ def linear_subset_cross_entropy(
         token_weight=token_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_softcap=logit_softcap,
         z_loss=z_loss, num_random=num_random, seed=seed, reduction=reduction,
     )  # fmt: skip
-    _check_grad_weight(linear_weight, grad_weight, options)
+    _grad_weight.check(OP, linear_weight, grad_weight, options)
     backend = _backend.select(OP, device)
     if backend != "cpp":  # which checks values itself
         _subset.check_values(OP, target, ids, V, options)
@@ -314,9 +340,7 @@ def linear_subset_cross_entropy(
     return out.squeeze(0) if flat and reduction == "none" else out
 
 
-def _check_head(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, grad_weight: str, budget: int | None
-) -> int:
+def _check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, budget: int | None) -> int:
     """Raises for a bad argument; returns the budget in bytes."""
     _checks.check_tensor(OP, "linear_weight", linear_weight, "pass the head's weight, head.weight")
     _checks.check_dtype(OP, "linear_weight", linear_weight, _checks.FLOATS, "convert the head")
@@ -335,7 +359,6 @@ def _check_head(
             rule = f"have the dtype of input, {str(input.dtype).removeprefix('torch.')}"
             got = str(tensor.dtype).removeprefix("torch.")
             raise bad(OP, name, rule, got, "convert one of them, or run under torch.autocast")
-    _checks.check_choice(OP, "grad_weight", grad_weight, GRAD_WEIGHTS, "pass grad_weight='dense'")
     if budget is None:
         return DEFAULT_BUDGET
     if not isinstance(budget, int) or isinstance(budget, bool) or not 0 <= budget < 2**63:
@@ -343,18 +366,3 @@ def _check_head(
             OP, "memory_budget", "be None or a number of bytes, an int of at least 0", budget, "pass 32 << 20 for 32 MiB"
         )
     return budget
-
-
-def _check_grad_weight(linear_weight: Tensor, grad_weight: str, options: Options) -> None:
-    if grad_weight == "dense":
-        return
-    if torch.compiler.is_compiling():
-        remedy = "use 'dense' under torch.compile, or leave the loss outside"
-        raise bad(OP, "grad_weight", "be 'dense' under torch.compile", grad_weight, remedy)
-    if grad_weight == "sparse" and options.is_dense:
-        rule = "be 'dense' or 'accumulate' where a token uses the whole vocabulary"
-        remedy = "pass first_token='subset' with mle_weight=0 and subset='caption', 'random' or ids"
-        raise bad(OP, "grad_weight", rule, grad_weight, remedy)
-    if grad_weight == "accumulate" and linear_weight.requires_grad and not linear_weight.is_leaf:
-        remedy = "pass the parameter itself, or grad_weight='dense'"
-        raise bad(OP, "linear_weight", "be a leaf for grad_weight='accumulate'", "the result of an operation", remedy)

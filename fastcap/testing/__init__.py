@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastcap import functional
-from fastcap.ops import _backend, _subset
+from fastcap.ops import _backend
+
+from . import launches
 
 
 class Case(NamedTuple):
@@ -61,14 +63,21 @@ def upstream(output: Tensor) -> Tensor:
 
 
 def evaluate(
-    operation: Operation, arguments: dict[str, Any], backend: str, *, function: Callable | None = None
+    operation: Operation,
+    arguments: dict[str, Any],
+    backend: str,
+    *,
+    function: Callable | None = None,
+    retain_graph: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, gradients of `operation.given`) of one call under `backend`, with `upstream` gradients."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in operation.given(arguments)}
     with _backend.backend(backend):
         outputs = (function or operation.function)(**{**arguments, **leaves})
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), [upstream(o) for o in outputs])
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), [upstream(o) for o in outputs], retain_graph=retain_graph
+    )
     return [o.detach() for o in outputs], list(gradients)
 
 
@@ -180,60 +189,6 @@ def _subset_cross_entropy_cases() -> list[Case]:
     return cases
 
 
-# Those of BLIP with BERT's words, and of a Gemma-sized vocabulary with captions too long to compare all pairs of words.
-BLIP_SHAPE, GEMMA_SHAPE = (32, 20, 30_522), (8, 100, 262_144)
-
-
-def plan_subset_cross_entropy(B: int, T: int, V: int, dtype: torch.dtype, **options: Any) -> list[Any]:
-    """The Triton launches of one forward and backward, planned on meta tensors: nothing is allocated or launched."""
-    from fastcap.kernels import subset_cross_entropy as kernels
-    from fastcap.ops.subset_cross_entropy import _fwd_outputs
-
-    given = {
-        "subset": "caption", "first_token": "full", "mle_weight": 0.0, "weight": None, "token_weight": None,
-        "ignore_index": -100, "label_smoothing": 0.0, "logit_softcap": None, "z_loss": 0.0, "num_random": 10, "seed": None,
-        "reduction": "mean",
-    }  # fmt: skip
-    input = torch.empty(B, T, V, dtype=dtype, device="meta")
-    target = torch.empty(B, T, dtype=torch.int64, device="meta")
-    ids, weight, token_weight, options = _subset.prepare("subset_cross_entropy", input, target, V, **{**given, **options})
-    ids = ids.expand(B, T, -1) if options.kind == "set" else ids
-    out, inv_denom, stats, cols, dset = _fwd_outputs(input, ids, options, True)
-    forward = kernels.plan_subset_cross_entropy_fwd(
-        input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options
-    )
-    backward = kernels.plan_subset_cross_entropy_bwd(
-        torch.empty_like(out), inv_denom, input if options.is_dense else None, target,
-        ids if options.kind == "reverse" else None, weight, stats, cols, dset, torch.empty_like(input), options,
-    )  # fmt: skip
-    return forward + backward
-
-
-def _subset_cross_entropy_launches() -> Iterator[tuple[str, list[Any]]]:
-    B, T, V = BLIP_SHAPE
-    weights = {"weight": torch.empty(V, device="meta"), "token_weight": torch.empty(B, 1, device="meta")}
-    smoothed = {"label_smoothing": 0.1}  # BLIP's own recipe
-    options = {
-        "caption": {},
-        "caption-first-in-subset": {"first_token": "subset"},
-        "caption-mixture": {"mle_weight": 0.01},
-        "caption-smoothed": smoothed,
-        "caption-weighted": {**smoothed, **weights, "logit_softcap": 30.0, "z_loss": 1e-4, "reduction": "none"},
-        "reverse": {"subset": "reverse"},
-        "reverse-smoothed": {"subset": "reverse", **smoothed},
-        "random": {"subset": "random"},
-        "ids": {"subset": torch.empty(1000, dtype=torch.int64, device="meta")},
-        "full-smoothed": {"subset": "full", **smoothed},
-    }
-    for name, given in options.items():
-        yield f"{name}-float32", plan_subset_cross_entropy(B, T, V, torch.float32, **given)
-    for name in ("caption", "caption-first-in-subset", "reverse", "full-smoothed"):
-        yield f"{name}-bfloat16", plan_subset_cross_entropy(B, T, V, torch.bfloat16, **options[name])
-    yield "long-captions-float16", plan_subset_cross_entropy(*GEMMA_SHAPE, torch.float16, logit_softcap=30.0)
-    # Triton makes arguments that equal 1 into constants: another program
-    yield "ones-float32", plan_subset_cross_entropy(1, 1, 1, torch.float32, mle_weight=0.5)
-
-
 # linear_subset_cross_entropy -------------------------------------------------------------------------------------------
 
 
@@ -295,6 +250,19 @@ def _linear_subset_cross_entropy_cases() -> list[Case]:
     add("full-all-options", *small, **each, **everything, bias=3.0, subset="full", token_weight=per_token, memory_budget=500)
     add("full-sum", *small, subset="full", reduction="sum", memory_budget=0)
     add("mle-weight-one", *small, **large, mle_weight=1.0, reduction="sum", memory_budget=500)
+    crowd = (4, 16, 9, 5)  # many tokens and few words: best in blocks of tokens, several of which 1000 bytes ask for
+    add("crowd-full", *crowd, **large, subset="full", memory_budget=1000)
+    add(
+        "crowd-full-sum-all-options",
+        *crowd,
+        **{**everything, "weight": weight[:9]},
+        subset="full",
+        reduction="sum",
+        memory_budget=1000,
+    )
+    add("crowd-mixture", *crowd, **large, mle_weight=0.3, label_smoothing=0.1, memory_budget=1000)
+    add("crowd-mixture-first-in-subset", *crowd, **narrow, subset=shared[:4] % 9, mle_weight=0.1, memory_budget=1000)
+    add("crowd-reverse", *crowd, **large, subset="reverse", memory_budget=1000)
     # where kernels change their way: one token, one word, one feature, more than 64 ids (sorted), several blocks and a tail
     add("one-token", 2, 1, 9, 3, prompt=0, **narrow)
     add("one-word", 2, 3, 1, 4, z_loss=0.1, bias=1.0)
@@ -310,11 +278,6 @@ def _linear_subset_cross_entropy_cases() -> list[Case]:
     return cases
 
 
-def _linear_subset_cross_entropy_launches() -> Iterator[tuple[str, list[Any]]]:
-    # To be filled in with the Triton backend: nothing is launched yet.
-    return iter(())
-
-
 OPERATIONS: dict[str, Operation] = {
     "subset_cross_entropy": Operation(
         function=functional.subset_cross_entropy,
@@ -325,7 +288,7 @@ OPERATIONS: dict[str, Operation] = {
         ),
         inputs=("input",),
         operators=("subset_cross_entropy_fwd", "subset_cross_entropy_bwd"),
-        launches=_subset_cross_entropy_launches,
+        launches=launches.subset_cross_entropy,
     ),
     "linear_subset_cross_entropy": Operation(
         function=functional.linear_subset_cross_entropy,
@@ -333,7 +296,7 @@ OPERATIONS: dict[str, Operation] = {
         empty=Case("empty", make_hidden(0, 4, 7, 5)),
         inputs=("input", "linear_weight", "linear_bias"),
         operators=("linear_subset_cross_entropy_fwd", "linear_subset_cross_entropy_bwd"),
-        launches=_linear_subset_cross_entropy_launches,
+        launches=launches.linear_subset_cross_entropy,
         backends=("reference", "cpp", "triton"),
         autocasts=True,
     ),

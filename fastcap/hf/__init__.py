@@ -1,0 +1,10 @@
+"""Captioning models of transformers, trained without logits: `attach(model)`, `detach(model)`.
+
+`families.py` is the table of supported models; `attach.py` patches one, in place; `loss.py` is the loss it then returns.
+transformers itself is not imported: the models bring it.
+"""
+
+from .attach import attach, detach
+from .families import FAMILIES, Family
+
+__all__ = ["FAMILIES", "Family", "attach", "detach"]
