@@ -10,6 +10,42 @@ import triton
 import triton.language as tl
 from fastcap.kernels._common import Launch, block_of, run
 
+MAX_COMPARED = 16_384  # ids; all pairs of more are more work than a sort
+
+
+@triton.jit
+def _first_kernel(ids_ptr, first_ptr, distinct_ptr, M, V, BLOCK_M: tl.constexpr):
+    """first[j]: whether no earlier id equals ids[j]. All pairs are compared: for the few thousand ids of a batch less than a
+    sort."""
+    o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.load(ids_ptr + o_j, mask=o_j < M, other=-1)
+    before = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, tl.program_id(0) * BLOCK_M + BLOCK_M, BLOCK_M):
+        o_i = start + tl.arange(0, BLOCK_M)
+        others = tl.load(ids_ptr + o_i, mask=o_i < M, other=-1)
+        same = (ids[:, None] == others[None, :]) & (o_i[None, :] < o_j[:, None])
+        before += tl.sum(same.to(tl.int32), 1)
+    first = (before == 0) & (ids >= 0) & (ids < V)
+    tl.store(first_ptr + o_j, first.to(tl.int32), mask=o_j < M)
+    tl.store(distinct_ptr + o_j, tl.full((BLOCK_M,), -1, tl.int64), mask=o_j < M)
+
+
+@triton.jit
+def _rank_kernel(ids_ptr, first_ptr, group_ptr, distinct_ptr, M, V, BLOCK_M: tl.constexpr):
+    """group[j]: how many distinct ids are smaller than ids[j]; distinct[group[j]] = ids[j]."""
+    o_j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ids = tl.load(ids_ptr + o_j, mask=o_j < M, other=-1)
+    rank = tl.zeros((BLOCK_M,), tl.int32)
+    for start in range(0, M, BLOCK_M):
+        o_i = start + tl.arange(0, BLOCK_M)
+        others = tl.load(ids_ptr + o_i, mask=o_i < M, other=-1)
+        first = tl.load(first_ptr + o_i, mask=o_i < M, other=0) != 0
+        rank += tl.sum((first[None, :] & (others[None, :] < ids[:, None])).to(tl.int32), 1)
+    known = (ids >= 0) & (ids < V)
+    tl.store(group_ptr + o_j, tl.where(known, rank, -1).to(tl.int64), mask=o_j < M)
+    mine = tl.load(first_ptr + o_j, mask=o_j < M, other=0) != 0
+    tl.store(distinct_ptr + rank, ids, mask=mine & (o_j < M))
+
 
 @triton.jit
 def _add_rows_kernel(
@@ -55,10 +91,21 @@ class WordSums:
 
     def group(self, ids):
         """(the place of each id among the distinct ones, those in order, then -1); -1 is none. As many as there are ids."""
+        M = ids.shape[0]
+        if M > MAX_COMPARED:
+            return self._group_by_sorting(ids)
+        group, distinct = torch.empty_like(ids), torch.empty_like(ids)
+        first = torch.empty(M, dtype=torch.int32, device=ids.device)
+        arguments = {"ids_ptr": ids, "first_ptr": first, "M": M, "V": self.V, "BLOCK_M": 64}
+        grid = (triton.cdiv(M, 64),)
+        self._launch(_first_kernel, grid, 4, dict(distinct_ptr=distinct, **arguments))
+        self._launch(_rank_kernel, grid, 4, dict(group_ptr=group, distinct_ptr=distinct, **arguments))
+        return group, distinct
+
+    def _group_by_sorting(self, ids):
         values, order = ids.masked_fill((ids < 0) | (ids >= self.V), -1).sort(stable=True)
-        new = torch.ones_like(values, dtype=torch.bool)
-        new[1:] = values[1:] != values[:-1]
-        new &= values >= 0
+        new = values >= 0
+        new[1:] &= values[1:] != values[:-1]
         place = new.cumsum(0) - 1
         group = torch.empty_like(ids).scatter_(0, order, place.masked_fill(values < 0, -1))
         distinct = torch.full((len(ids) + 1,), -1, dtype=torch.int64, device=ids.device)

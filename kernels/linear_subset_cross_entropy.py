@@ -5,7 +5,7 @@ csrc/linear_subset_cross_entropy/*.h.
 columns of the logits; one program a row, or a row and a block of columns. Nothing waits for the device: where the CPU counts
 the rows that need all logits, here as many are computed as there may be, and what is too many has gradients of 0.
 
-Floor, bytes: a panel is read once by absorb, and read and written once by emit.
+Floor, bytes: absorb reads a panel once, emit reads and writes it once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from fastcap.kernels._captions import CaptionKernels
 from fastcap.kernels._common import acc_of, block_of, softcap
 from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, repeats_as_pads, without_repeats
 from fastcap.kernels._subset import (
@@ -32,6 +33,7 @@ from fastcap.kernels._subset import (
     set_part,
     token_of,
 )  # fmt: skip
+from fastcap.kernels._totals import denominator_kernel, reduce_kernel
 from fastcap.kernels._word_sums import WordSums
 
 # The running sums of a row: of part F and of part S each the largest logit, the sum of exp(z - it), the number of
@@ -267,11 +269,8 @@ def _linear_subset_cross_entropy_emit_kernel(
 # Launchers -------------------------------------------------------------------------------------------------------------
 
 
-class LinearKernels(WordSums):
-    """linear_subset_cross_entropy's row kernels on a GPU, for one batch, as fastcap.ops._native.LinearKernels on the CPU.
-
-    A list given as `plan` takes the launches instead of running them.
-    """
+class LinearKernels(CaptionKernels, WordSums):
+    """The row kernels on a GPU, for one batch; fastcap.ops._native has the CPU's. A list `plan` takes launches unrun."""
 
     def __init__(self, target, ids, weight, token_weight, bias, V, options, plan=None):
         own = options.kind == "set" and ids is None  # the candidates are the caption's words
@@ -288,23 +287,24 @@ class LinearKernels(WordSums):
 
     def find_rows(self, rows, inv_denom):
         """Writes `rows` and `inv_denom`; returns the dense rows' tokens, None for all in order."""
-        if self.options.reduction == "mean":
-            valid = self.target != self.options.ignore_index
-            if self.weight is None:
-                denom = valid.sum().to(inv_denom.dtype)
-            else:
-                safe = self.target.masked_fill(~valid | (self.target < 0) | (self.target >= self.V), 0)
-                denom = self.weight[safe].masked_fill(~valid, 0.0).sum()
-            inv_denom.copy_(torch.where(denom != 0, 1 / denom, 0.0))
-        else:
-            inv_denom.fill_(1.0)
+        self._launch(denominator_kernel, (1,), 8, dict(
+            target_ptr=self.target, weight_ptr=self.weight, inv_denom_ptr=inv_denom, target_strides=self.target.stride(),
+            N=self.target.numel(), T=max(1, self.target.shape[1]), V=self.V, IGNORE_INDEX=self.options.ignore_index,
+            IS_MEAN=self.options.reduction == "mean", ACC=acc_of(inv_denom), BLOCK_N=block_of(self.target.numel(), 2048),
+        ))  # fmt: skip
         B, T = self.target.shape
-        if rows.numel() == B * T:  # none, too
+        if rows.numel() == B * T:
             rows.copy_(torch.arange(B * T, device=rows.device))
         elif rows.numel() > 0 and T > 0:
             first = (self.target != self.options.ignore_index).int().argmax(1)
             torch.add(first, torch.arange(0, B * T, T, device=rows.device), out=rows)
         return self.kept_rows(rows)
+
+    def reduce(self, loss, inv_denom, out):
+        """The sum of the losses times inv_denom."""
+        self._launch(reduce_kernel, (1,), 8, dict(
+            loss_ptr=loss, inv_denom_ptr=inv_denom, out_ptr=out, N=loss.numel(), BLOCK_N=block_of(loss.numel(), 2048),
+        ))  # fmt: skip
 
     def kept_rows(self, rows):
         return None if rows.numel() == self.target.numel() else rows

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcap
 from fastcap import functional as F_cap
+from fastcap import nn
 from fastcap.errors import FastcapError
-from fastcap.ops import _head, _subset
+from fastcap.ops import _plans, _subset
 from fastcap.testing import OPERATIONS, assert_close_to_float64, evaluate, make_hidden, upstream
 
 INPUTS = ("input", "linear_weight", "linear_bias")
@@ -219,13 +220,13 @@ def test_any_call_equals_the_loss_of_the_logits(fused):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
 def test_the_cases_of_the_contract_take_every_plan(dtype, cpp, monkeypatch):
     """Guards tests/test_all_ops.py: its inputs are small, and a plan that none of them takes would go untested."""
-    plans, choose = set(), _head.choose
+    plans, choose = set(), _plans.choose
 
     def noted(*arguments, **options):
         plans.add(choose(*arguments, **options))
         return choose(*arguments, **options)
 
-    monkeypatch.setattr(_head, "choose", noted)
+    monkeypatch.setattr(_plans, "choose", noted)
     for case in OPERATIONS["linear_subset_cross_entropy"].cases():
         evaluate(OPERATIONS["linear_subset_cross_entropy"], case.to(dtype), "cpp")
     assert plans == {"none", "keep", "rows", "panels"}
@@ -826,6 +827,7 @@ def test_scratch_keeps_to_its_budget(options, compiled):
 MEASURE = """
 import sys, torch, fastcap
 from fastcap import functional as F_cap
+from fastcap import nn
 def high_water(reset=False):
     if reset:
         open("/proc/self/clear_refs", "w").write("5")
@@ -953,3 +955,18 @@ def test_more_than_two_to_the_31_logits_and_weights_on_a_gpu(options, gpu):
         (d_row,) = torch.autograd.grad(exact, row)
         assert loss[b, t].item() == pytest.approx(exact.item(), rel=2**-7)
         torch.testing.assert_close(dh[b, t].float(), d_row, rtol=2**-5, atol=2**-7 * d_row.abs().max().item())
+
+
+def test_the_module_keeps_its_options_and_calls_the_function():
+    hidden, weight, bias = torch.randn(2, 5, 8), torch.randn(40, 8), torch.randn(40)
+    target, factor = torch.randint(40, (2, 5)), torch.rand(2, 5)
+    options = {"mle_weight": 0.2, "label_smoothing": 0.1, "reduction": "none", "memory_budget": 0}
+    module = nn.LinearSubsetCrossEntropyLoss(subset=torch.tensor([3, 4]), weight=torch.rand(40), **options)
+    expected = F_cap.linear_subset_cross_entropy(
+        hidden, weight, target, linear_bias=bias, subset=torch.tensor([3, 4]), weight=module.weight, token_weight=factor,
+        **options,
+    )  # fmt: skip
+    torch.testing.assert_close(module(hidden, weight, target, bias, factor), expected, rtol=0, atol=0)
+    assert set(module.state_dict()) == {"subset_ids", "weight"} and "memory_budget=0" in repr(module)
+    with pytest.raises(TypeError, match="smoothing"):
+        nn.LinearSubsetCrossEntropyLoss(smoothing=0.1)

@@ -21,70 +21,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastcap.ops._plans import Sizes, block_rows, dense_rows, has_set, panel_columns
 from fastcap.ops._subset import Options
 
 GATHERED = 8 << 20  # bytes of the head's rows that are gathered at once
-SMALLEST = 1 << 20, 256  # of a panel: bytes, columns
 NUM_STATS = 8  # enum Stat in csrc/common/subset.h
-# FLOPs that a device does in the time in which it moves a byte.
-BALANCE = {"cpu": 20, "cuda": 180}
 
 
-class Sizes(NamedTuple):
-    """n dense rows (at most), V words, H features, bytes of a logit."""
+class Kept(NamedTuple):
+    """What a forward keeps for its backward, by plan; empty tensors where there is nothing."""
 
-    n: int
-    V: int
-    H: int
-    itemsize: int
-
-
-def dense_rows(options: Options, B: int, T: int) -> int:
-    """How many tokens may need all V logits; where nobody may wait for the device, so many are computed."""
-    if options.kind != "set" or options.mle_weight > 0:
-        return B * T
-    return B if options.first_full else 0
-
-
-def has_set(options: Options) -> bool:
-    """Whether some token's scores are gathered; a mixture picks them from all logits instead."""
-    return options.kind == "set" and options.mle_weight == 0
-
-
-def block_rows(sizes: Sizes, budget: int) -> int:
-    """Rows of a block in the plan "rows"; 0 where not one fits."""
-    return min(sizes.n, budget // (sizes.V * sizes.itemsize))
-
-
-def panel_columns(sizes: Sizes, budget: int) -> int:
-    """Columns of a panel: what the budget holds, at least the smallest, and never all."""
-    smallest, columns = SMALLEST
-    columns = max(columns, max(budget, smallest) // max(1, sizes.n * sizes.itemsize))
-    return max(1, min(columns // 64 * 64, (sizes.V + 1) // 2))
-
-
-def choose(sizes: Sizes, budget: int, device: str, *, scalar: bool, gradients: str) -> str:
-    """The plan that is expected to be fastest within `budget` bytes of scratch.
-
-    `gradients`: "none", "input" (of the hidden states only), "dense" or "accumulate" (of the weight too).
-    """
-    n, V, H, _ = sizes
-    if n == 0:
-        return "none"
-    if n * V * sizes.itemsize <= budget:
-        return "keep"
-    size = block_rows(sizes, budget)
-    # "accumulate" would need a second gradient of the head's size, to hold until the upstream gradient is known
-    if size == 0 or gradients == "accumulate" or (gradients != "none" and not scalar):
-        return "panels"
-    blocks, panels = -(-n // size), -(-V // panel_columns(sizes, budget))
-    rows_flops, panels_flops = (2, 2) if gradients == "none" else (4, 6) if gradients == "input" else (6, 8)
-    head = blocks * V * H * sizes.itemsize * (1 if gradients == "none" else 2)
-    head += (2 * blocks - 1) * V * H * 4 if gradients == "dense" else 0
-    states = 0 if gradients == "none" else 2 * panels * n * H * 4
-    rows_cost = rows_flops * n * V * H + BALANCE.get(device, 20) * head
-    panels_cost = panels_flops * n * V * H + BALANCE.get(device, 20) * states
-    return "rows" if rows_cost <= panels_cost else "panels"
+    inv_denom: Tensor  # []
+    rows: Tensor  # [n] int64: the dense rows' tokens; fewer are used on the CPU, -1 behind them
+    dset: Tensor  # set: [B, T, K] or [B, T, K + 1]; panels of a mixture: [n, K + 1]
+    cols: Tensor  # panels of a mixture: [n, K + 1] int32
+    stats: Tensor  # panels: [8, n]
+    dlogits: Tensor  # keep: [n, V]
+    dinput: Tensor  # rows: [n, H], times inv_denom
+    dweight: Tensor  # rows: [V, H], summed in float32, times inv_denom
+    dbias: Tensor  # rows: [V]
 
 
 class Head(NamedTuple):
@@ -136,6 +91,9 @@ def _chunks(x: Tensor, ids: Tensor, H: int):
 
 def set_forward(head: Head, loss: Tensor, dset: Tensor | None) -> None:
     """Losses of the tokens that choose among few words, and d loss / d score."""
+    if head.kernels.fuses():
+        head.kernels.caption_forward(head.x, head.linear_weight, loss, dset)
+        return
     x, ids = _groups(head)
     B, T = head.target.shape
     scores = x.new_empty(*x.shape[:2], ids.shape[1])
@@ -147,40 +105,53 @@ def set_forward(head: Head, loss: Tensor, dset: Tensor | None) -> None:
     head.kernels.set(scores.view(B, T, -1), score_y, loss, dset)
 
 
-def set_backward(head: Head, dset: Tensor, g: Tensor, dx: Tensor | None, need_words: bool):
+def set_backward(head: Head, kept: Kept, grad_out: Tensor, dx: Tensor | None, need_words: bool):
     """Writes dx [N, H]; returns (distinct ids [U], d weight [U, H] of their rows, d bias [U, 1]), or None."""
     x, ids = _groups(head)
     (G, R, H), K, N = x.shape, ids.shape[1], head.target.numel()
-    dset = dset * g.unsqueeze(-1)
-    own = None
-    if head.ids is not None:
-        own, dset = dset[..., 0].reshape(N, 1).contiguous(), dset[..., 1:]
-    dset = dset.reshape(G, R, K).contiguous()
-    low = dset.to(x.dtype)
-    if dx is not None:
-        for begin, end in _chunks(x, ids, H):
-            torch.bmm(low[begin:end], head.gather(ids[begin:end]), out=dx.view(G, R, H)[begin:end])
-        if own is not None:
-            dx += own.to(x.dtype) * head.gather(head.target.flatten())
+    dwords = dbias = own = None
+    if head.kernels.fuses():
+        by_place = head.kernels.caption_backward(
+            head.x, head.linear_weight, kept.dset, grad_out, kept.inv_denom, dx, need_words
+        )
+    else:
+        dset = kept.dset * (grad_out * kept.inv_denom).unsqueeze(-1)
+        if head.ids is not None:
+            own, dset = dset[..., 0].reshape(N, 1).contiguous(), dset[..., 1:]
+        dset = dset.reshape(G, R, K).contiguous()
+        low = dset.to(x.dtype)
+        if dx is not None:
+            for begin, end in _chunks(x, ids, H):
+                torch.bmm(low[begin:end], head.gather(ids[begin:end]), out=dx.view(G, R, H)[begin:end])
+            if own is not None:
+                dx += own.to(x.dtype) * head.gather(head.target.flatten())
     if not need_words:
         return None
-    every = ids.flatten().masked_fill(ids.flatten() == head.options.ids_pad, -1)
+    every = _marked(ids.flatten(), head.options.ids_pad)
     if own is not None:
-        labels = head.target.flatten()
-        every = torch.cat([every, labels.masked_fill(labels == head.options.ignore_index, -1)])
+        every = torch.cat([every, _marked(head.target.flatten(), head.options.ignore_index)])
     group, distinct = head.kernels.group(every)
-    dwords, dbias = dset.new_zeros(len(distinct), H), dset.new_zeros(len(distinct), 1)
+    dwords, dbias = kept.dset.new_zeros(len(distinct), H), kept.dset.new_zeros(len(distinct), 1)
+    add_rows = head.kernels.add_rows
+    if head.kernels.fuses():
+        add_rows(dwords, group, None, by_place[0], 1)
+        add_rows(dbias, group, None, by_place[1], 1)
+        return distinct, dwords, dbias
     if R == 1 and K > 0:
-        head.kernels.add_rows(dwords, group[: G * K], dset.flatten(), head.x, K)
+        add_rows(dwords, group[: G * K], dset.flatten(), head.x, K)
     for begin, end in _chunks(x, ids, H) if R > 1 and K > 0 else ():
-        sums = torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H)
-        head.kernels.add_rows(dwords, group[begin * K : end * K], None, sums, 1)
+        add_rows(dwords, group[begin * K : end * K], None, torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H), 1)
     if K > 0:
-        head.kernels.add_rows(dbias, group[: G * K], None, dset.sum(1).view(-1, 1), 1)
+        add_rows(dbias, group[: G * K], None, dset.sum(1).view(-1, 1), 1)
     if own is not None:
-        head.kernels.add_rows(dwords, group[G * K :], own.flatten(), head.x, 1)
-        head.kernels.add_rows(dbias, group[G * K :], None, own, 1)
+        add_rows(dwords, group[G * K :], own.flatten(), head.x, 1)
+        add_rows(dbias, group[G * K :], None, own, 1)
     return distinct, dwords, dbias
+
+
+def _marked(ids: Tensor, pad: int) -> Tensor:
+    """`ids` with -1 for `pad`."""
+    return ids if pad == -1 else ids.masked_fill(ids == pad, -1)
 
 
 # The whole vocabulary --------------------------------------------------------------------------------------------------
@@ -231,20 +202,6 @@ def _panels(V: int, size: int):
     return [(begin, min(begin + size, V)) for begin in range(0, V, size)]
 
 
-class Kept(NamedTuple):
-    """What a forward keeps for its backward, by plan; empty tensors where there is nothing."""
-
-    inv_denom: Tensor  # []
-    rows: Tensor  # [n] int64: the dense rows' tokens; fewer are used on the CPU, -1 behind them
-    dset: Tensor  # set: [B, T, K] or [B, T, K + 1]; panels of a mixture: [n, K + 1]
-    cols: Tensor  # panels of a mixture: [n, K + 1] int32
-    stats: Tensor  # panels: [8, n]
-    dlogits: Tensor  # keep: [n, V]
-    dinput: Tensor  # rows: [n, H], times inv_denom
-    dweight: Tensor  # rows: [V, H], summed in float32, times inv_denom
-    dbias: Tensor  # rows: [V]
-
-
 def dense_forward(head: Head, plan: str, rows: Tensor | None, loss: Tensor, kept: Kept, gradients: bool) -> None:
     """Losses of the dense rows, and what their backward needs."""
     x = _select(head.x, rows)
@@ -269,7 +226,7 @@ def dense_forward(head: Head, plan: str, rows: Tensor | None, loss: Tensor, kept
             end = min(begin + size, n)
             logits = scratch[: end - begin]
             torch.mm(x[begin:end], weight.T, out=logits)
-            kernels.rows(logits, None if rows is None else rows[begin:end], loss, gradients)
+            kernels.rows(logits, kept.rows[begin:end], loss, gradients)
             if kept.dinput.numel():
                 torch.mm(logits, weight, out=kept.dinput[begin:end])
             if kept.dweight.numel():
@@ -352,7 +309,7 @@ def backward(
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         kernels.advise(dweight)
     if few:
-        words = set_backward(head, kept.dset, grad_out * kept.inv_denom, dx, need_weight or need_bias)
+        words = set_backward(head, kept, grad_out, dx, need_weight or need_bias)
     if many and plan == "rows":
         dx_rows = _scaled(kept.dinput[: _select(head.x, rows).shape[0]], grad_out) if need_x else None
         dweight = _times(kept.dweight, grad_out, overwrite) if need_weight else None
@@ -385,9 +342,3 @@ def _times(tensor: Tensor, factor: Tensor, overwrite: bool) -> Tensor:
     if overwrite and tensor.device.type == "cpu" and factor.item() == 1:
         return tensor
     return tensor.mul_(factor) if overwrite else tensor * factor
-
-
-def summed(loss: Tensor, inv_denom: Tensor) -> Tensor:
-    """The sum of the losses times inv_denom; 0 where that is 0, whatever the losses."""
-    total = loss.sum(dtype=torch.float64).to(loss.dtype) * inv_denom
-    return torch.where(inv_denom == 0, 0.0, total)

@@ -95,6 +95,15 @@ class LinearKernels:
     def kept_rows(self, rows: Tensor) -> Tensor:
         return rows[: int((rows >= 0).sum())]
 
+    def fuses(self) -> bool:
+        """Products are torch's on the CPU."""
+        return False
+
+    def reduce(self, loss: Tensor, inv_denom: Tensor, out: Tensor) -> None:
+        """The sum of the losses times inv_denom; 0 where that is 0, whatever the losses."""
+        factor = inv_denom.item()
+        out.fill_(loss.sum(dtype=torch.float64).item() * factor if factor else 0.0)
+
     def set(self, scores, score_y, loss, dset):
         self._c.linear_subset_cross_entropy_set_cpu(self._tokens, scores, score_y, loss, dset, self._options, self._threads)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _grad_weight, _head, _subset
+from fastcap.ops import _backend, _checks, _grad_weight, _head, _plans, _subset
 from fastcap.ops._autograd import once
 from fastcap.ops._subset import Options
 
@@ -81,7 +81,7 @@ def _acc(input: Tensor) -> torch.dtype:
 def _fwd_outputs(input, linear_weight, target, ids, options: Options, call: _Call) -> tuple[Tensor, _head.Kept]:
     """`out` and what is kept, unwritten: see _head.Kept."""
     (B, T), (V, H), acc = target.shape, linear_weight.shape, _acc(input)
-    n = _head.dense_rows(options, B, T)
+    n = _plans.dense_rows(options, B, T)
     K = 0 if options.kind != "set" else T if ids is None else ids.shape[2]
 
     def empty(*size, dtype=acc, when=True):
@@ -92,7 +92,7 @@ def _fwd_outputs(input, linear_weight, target, ids, options: Options, call: _Cal
     if picked:
         dset = empty(n, K + 1)
     else:
-        dset = empty(B, T, K + (ids is not None), when=_head.has_set(options) and call.need_grad)
+        dset = empty(B, T, K + (ids is not None), when=_plans.has_set(options) and call.need_grad)
     kept = _head.Kept(
         inv_denom=empty(),
         rows=empty(n, dtype=torch.int64),
@@ -118,11 +118,14 @@ def _fwd(input, linear_weight, linear_bias, target, ids, weight, token_weight, *
         for tensor in (kept.dweight, kept.dbias):
             tensor.zero_()
     else:
-        if _head.has_set(options):
+        if _plans.has_set(options):
             _head.set_forward(head, loss, kept.dset if call.need_grad else None)
         if call.plan != "none":
             _head.dense_forward(head, call.plan, rows, loss, kept, call.need_grad)
-    out.copy_(loss if options.reduction == "none" else _head.summed(loss, kept.inv_denom))
+    if options.reduction == "none":
+        out.copy_(loss)
+    else:
+        head.kernels.reduce(loss, kept.inv_denom, out)
     return out, *kept
 
 
@@ -181,8 +184,8 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
         need = ctx.needs_input_grad[:3]
         gradients = "none" if not any(need) else "input" if not need[1] else grad_weight
         B, T = target.shape
-        sizes = _head.Sizes(_head.dense_rows(options, B, T), *linear_weight.shape, input.element_size())
-        plan = _head.choose(sizes, budget, input.device.type, scalar=options.reduction != "none", gradients=gradients)
+        sizes = _plans.Sizes(_plans.dense_rows(options, B, T), *linear_weight.shape, input.element_size())
+        plan = _plans.choose(sizes, budget, input.device.type, scalar=options.reduction != "none", gradients=gradients)
         call = _Call(*need, plan, budget, backend)
         out, *kept = torch.ops.fastcap.linear_subset_cross_entropy_fwd(
             input, linear_weight, linear_bias, target, ids, weight, token_weight, *options, *call

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastcap.ops import _head, _subset
+from fastcap.ops import _head, _plans, _subset
 
 # Those of BLIP with BERT's words, and of a Gemma-sized vocabulary with captions too long to compare all pairs of words.
 BLIP_SHAPE, GEMMA_SHAPE = (32, 20, 30_522), (8, 100, 262_144)
@@ -80,7 +80,7 @@ def plan_linear_subset_cross_entropy(
     ids, weight, token_weight, options = _subset.prepare("linear_subset_cross_entropy", input, target, V, **given)
     if given["subset"] == "caption" and options.kind == "set":
         ids = None
-    call = _Call(True, True, bias, plan if _head.dense_rows(options, B, T) else "none", 8 << 20, "triton")
+    call = _Call(True, True, bias, plan if _plans.dense_rows(options, B, T) else "none", 8 << 20, "triton")
     launches: list[Any] = []
     linear_bias = empty(V, dtype=torch.float32) if bias else None
     kernels = LinearKernels(target, ids, weight, token_weight, linear_bias, V, options, plan=launches)
@@ -88,10 +88,11 @@ def plan_linear_subset_cross_entropy(
     out, kept = _fwd_outputs(input, linear_weight, target, ids, options, call)
     loss = empty(B, T, dtype=out.dtype)
     rows = kernels.find_rows(kept.rows, kept.inv_denom)
-    if _head.has_set(options):
+    if _plans.has_set(options):
         _head.set_forward(head, loss, kept.dset)
     if call.plan != "none":
         _head.dense_forward(head, plan, rows, loss, kept, True)
+    kernels.reduce(loss, kept.inv_denom, out)
     _head.backward(head, call.plan, kept, torch.empty_like(out), *call[:3], None, False, False)
     return launches
 

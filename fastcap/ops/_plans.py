@@ -1,0 +1,68 @@
+"""Which plan serves the tokens that need all V logits, within how much memory. See _head.py for what the plans do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastcap.ops._subset import Options
+
+SMALLEST = 1 << 20, 256  # of a panel: bytes, columns
+# FLOPs that a device does in the time in which it moves a byte.
+BALANCE = {"cpu": 20, "cuda": 180}
+
+
+class Sizes(NamedTuple):
+    """n dense rows (at most), V words, H features, bytes of a logit."""
+
+    n: int
+    V: int
+    H: int
+    itemsize: int
+
+
+def dense_rows(options: Options, B: int, T: int) -> int:
+    """How many tokens may need all V logits; where nobody may wait for the device, so many are computed."""
+    if options.kind != "set" or options.mle_weight > 0:
+        return B * T
+    return B if options.first_full else 0
+
+
+def has_set(options: Options) -> bool:
+    """Whether some token's scores are gathered; a mixture picks them from all logits instead."""
+    return options.kind == "set" and options.mle_weight == 0
+
+
+def block_rows(sizes: Sizes, budget: int) -> int:
+    """Rows of a block in the plan "rows"; 0 where not one fits."""
+    return min(sizes.n, budget // (sizes.V * sizes.itemsize))
+
+
+def panel_columns(sizes: Sizes, budget: int) -> int:
+    """Columns of a panel: what the budget holds, at least the smallest, and never all."""
+    smallest, columns = SMALLEST
+    columns = max(columns, max(budget, smallest) // max(1, sizes.n * sizes.itemsize))
+    return max(1, min(columns // 64 * 64, (sizes.V + 1) // 2))
+
+
+def choose(sizes: Sizes, budget: int, device: str, *, scalar: bool, gradients: str) -> str:
+    """The plan that is expected to be fastest within `budget` bytes of scratch.
+
+    `gradients`: "none", "input" (of the hidden states only), "dense" or "accumulate" (of the weight too).
+    """
+    n, V, H, _ = sizes
+    if n == 0:
+        return "none"
+    if n * V * sizes.itemsize <= budget:
+        return "keep"
+    size = block_rows(sizes, budget)
+    # "accumulate" would need a second gradient of the head's size, to hold until the upstream gradient is known
+    if size == 0 or gradients == "accumulate" or (gradients != "none" and not scalar):
+        return "panels"
+    blocks, panels = -(-n // size), -(-V // panel_columns(sizes, budget))
+    rows_flops, panels_flops = (2, 2) if gradients == "none" else (4, 6) if gradients == "input" else (6, 8)
+    head = blocks * V * H * sizes.itemsize * (1 if gradients == "none" else 2)
+    head += (2 * blocks - 1) * V * H * 4 if gradients == "dense" else 0
+    states = 0 if gradients == "none" else 2 * panels * n * H * 4
+    rows_cost = rows_flops * n * V * H + BALANCE.get(device, 20) * head
+    panels_cost = panels_flops * n * V * H + BALANCE.get(device, 20) * states
+    return "rows" if rows_cost <= panels_cost else "panels"
