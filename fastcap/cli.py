@@ -72,13 +72,14 @@ def _version() -> None:
 def _train_command() -> Any:
     """`train` with one option per field of TrainConfig, from which defaults and help come."""
     from fastcap.train.config import TrainConfig
+    from fastcap.train.recipes import SETTINGS, shown_default
 
     kinds = typing.get_type_hints(TrainConfig)
     resume = typer.Option("--resume", help="go on from the last checkpoint in --out", rich_help_panel="Run")
     named = [("context", inspect.Parameter.empty, typer.Context), ("resume", False, Annotated[bool, resume])]
     for field in dataclasses.fields(TrainConfig):
-        shown = {"show_default": field.default != "", "rich_help_panel": field.metadata["panel"]}
-        option = typer.Option(help=field.metadata["help"], **shown)
+        default = shown_default(field.name) if field.name in SETTINGS else field.default != ""
+        option = typer.Option(help=field.metadata["help"], show_default=default, rich_help_panel=field.metadata["panel"])
         named.append((field.name, field.default, Annotated[kinds[field.name], option]))
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -140,7 +141,8 @@ def _show_samples(result: Any) -> None:
     view = result.validation.images()
     count = min(len(view), 200)
     items = [view[i * len(view) // count] for i in range(count)]
-    captions = captioner(torch.stack([item["image"] for item in items]))
+    images = torch.stack([item["image"] for item in items])
+    captions = [caption for batch in images.split(25) for caption in captioner(batch)]
     varied = diversity(captions)
     print(
         f"validation {result.val_loss:.3f} (as MLE {result.val_mle:.3f}); {count} greedy captions: "

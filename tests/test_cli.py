@@ -147,6 +147,14 @@ def test_resume_needs_only_the_folder(fastcap, scenes, tmp_path):
             "fastcap.train: --width must come from --init-from, got 8; leave --width out",
         ),
         (
+            ["train", "--data", ".", "--out", "run", "--model", "blip", "--pretrained", "none", "--encoder", "conv"],
+            "fastcap.train: encoder must be left out with blip, got 'conv'; that model has no such setting to choose",
+        ),
+        (
+            ["train", "--data", ".", "--out", "run", "--model", "blip", "--pretrained", "./none"],
+            "fastcap.models: pretrained must be a folder or a hub name that can be loaded, got './none'; check",
+        ),
+        (
             ["caption", "--checkpoint", "none", "a.png"],
             "fastcap.train: checkpoint must be a checkpoint or the folder of a",
         ),

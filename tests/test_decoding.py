@@ -91,6 +91,25 @@ def test_the_batched_beam_is_the_beam_of_each_image(K, penalty):
         assert found.scores[image].item() == pytest.approx(score, abs=1e-5)
 
 
+def test_a_memory_that_is_no_tensor_is_not_repeated_and_serves_rows_in_the_order_of_the_images():
+    class Kept(Table):
+        def encode(self, images):
+            self.memory = object()
+            return self.memory
+
+        def start(self, memory):
+            return super().start({"logits": self.logits})
+
+        def step(self, token, state, memory):
+            assert memory is self.memory
+            repeated = self.logits.repeat_interleave(len(token) // len(self.logits), dim=0)
+            return super().step(token, state, {"logits": repeated})
+
+    expected = beam_search(Table(images=9, seed=3), torch.arange(9), max_length=6)
+    found = beam_search(Kept(images=9, seed=3), torch.arange(9), max_length=6)
+    assert found.lists() == expected.lists() and torch.equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_a_beam_of_one_is_greedy(penalty):
     table = Table(images=50, seed=9)

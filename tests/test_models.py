@@ -197,7 +197,10 @@ def test_a_saved_model_is_loaded_bit_for_bit_without_its_backbone(backbones, ima
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: models.build("rnn", vocab_size=5), "fastcap.models: model must be one of show-attend-tell, got 'rnn'"),
+        (
+            lambda: models.build("rnn", vocab_size=5),
+            "fastcap.models: model must be one of show-attend-tell, blip, got 'rnn'",
+        ),
         (lambda: _model(vocab_size=0), "fastcap.models: vocab_size must be at least 1, got 0"),
         (lambda: _model(dropout=1.0), "fastcap.models: dropout must be in [0, 1), got 1.0"),
         (lambda: _model(depth=2), "fastcap.models: options must be among attention_width, "),

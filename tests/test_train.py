@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from fastcap.errors import FastcapError
 from fastcap.train import OBJECTIVES, Captioner, TrainConfig, Trainer, checkpoint, train
 from fastcap.train.config import OBJECTIVE_NAMES
 from fastcap.train.objectives import make_loss
+from fastcap.train.recipes import SETTINGS, complete
 from fastcap.train.setup import learning_rate
 
 SMALL = {"width": 16, "attention_width": 8, "batch_size": 16, "steps": 8, "warmup": 2, "validate_every": 0}
@@ -104,10 +106,11 @@ def test_the_log_has_one_object_per_step(config):
 @pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
 def test_each_objective_is_its_setting_of_the_subset_loss(config, objective):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 30, generator=generator)
+    hidden, head = torch.randn(3, 5, 8, generator=generator), torch.nn.Linear(8, 30)
+    logits = head(hidden)
     target = torch.randint(4, 30, (3, 5), generator=generator)
     target[1, 3:] = -100
-    loss = make_loss(_with(config, objective=objective, mle_weight=0.25, label_smoothing=0.0))(logits, target)
+    loss = make_loss(_with(config, objective=objective, mle_weight=0.25), head)(hidden, target)
     mle = F.cross_entropy(logits.flatten(0, 1), target.flatten())
     smile = F_cap.subset_cross_entropy(logits, target)
     reverse = F_cap.subset_cross_entropy(logits, target, subset="reverse")
@@ -309,8 +312,52 @@ def test_another_loss_can_stand_in(config):
     assert replaced.loss == pytest.approx(plain.loss, rel=1e-4)
 
 
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_logits_are_built_for_a_loss_of_ones_own_and_for_no_other(config, own_loss):
+    loss_fn = (lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten())) if own_loss else None
+    trainer = Trainer(_with(config, steps=2, validate_every=1, validate_batches=1), progress=False, loss_fn=loss_fn)
+    calls = []
+    trainer.model.head.register_forward_hook(lambda *_: calls.append(1))
+    assert math.isfinite(trainer.run().val_mle) and len(calls) == (4 if own_loss else 0)
+
+
+def test_label_smoothing_is_part_of_mle_alone(config):
+    hidden, head = torch.randn(3, 5, 8), torch.nn.Linear(8, 30)
+    target = torch.randint(4, 30, (3, 5))
+    loss = make_loss(_with(config, label_smoothing=0.1), head)(hidden, target)
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), target.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    for objective in ("smile", "smile+mle", "resmile"):
+        with pytest.raises(FastcapError, match=f"label_smoothing must be 0 with objective {re.escape(objective)}, got 0.1"):
+            complete(_with(config, objective=objective, label_smoothing=0.1))
+
+
+def test_a_run_writes_down_what_it_was_not_told(config):
+    result = _quiet(_with(config, width=None))
+    saved = checkpoint.read_config(result.checkpoint)
+    assert saved == result.config and (saved.width, saved.lr, saved.label_smoothing) == (256, 2e-3, 0.0)
+    assert saved.prompt is None and saved.pretrained is None  # blip's
+
+
+def test_a_configuration_from_before_blip_can_still_be_read(config):
+    result = _quiet(config)
+    file = result.checkpoint / "trainer.json"
+    state = json.loads(file.read_text())
+    for name in ("pretrained", "prompt"):
+        del state["config"][name]
+    file.write_text(json.dumps(state))
+    assert _quiet(config, resume=True).step == result.step
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
+def test_a_setting_has_one_default_or_one_in_the_recipes(field):
+    usually_none = ("pretrained", "init_from")
+    assert (field.default is None) == (field.name in (*SETTINGS, *usually_none))
+
+
 def test_bf16_trains_on_the_cpu(config):
-    result = _quiet(_with(config, precision="bf16"))
+    result = _quiet(_with(config, precision="bf16", validate_every=8, validate_batches=1))
+    assert result.val_mle == pytest.approx(result.val_loss, rel=1e-6)
     assert math.isfinite(result.loss) and next(result.model.parameters()).dtype == torch.float32
 
 
@@ -373,7 +420,7 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
     ("change", "message"),
     [
         ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', got 'rl'; pass obj"),
-        ({"model": "vit"}, "model must be one of 'show-attend-tell', got 'vit'; pass model='show-attend-tell'"),
+        ({"model": "vit"}, "model must be one of 'show-attend-tell', 'blip', got 'vit'; pass model='show-attend-tell'"),
         ({"precision": "int8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'int8'; pass precision='fp32'"),
         ({"steps": 0}, "steps must be at least 1, got 0; pass steps=1 or more"),
         ({"steps": 1.5}, "steps must be an integer, got 1.5; pass an integer"),
@@ -398,6 +445,8 @@ def test_bad_settings_are_named(config, change, message):
     [
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16' on cpu, got 'fp16'; pass --precision bf16"),
         ({"device": "abacus"}, "device must be one that torch can use here, got 'abacus'; pass --device auto, or cpu"),
+        ({"prompt": "a"}, "prompt must be left out with show-attend-tell, got 'a'; that model has no such setting to"),
+        ({"pretrained": "a"}, "pretrained must be left out with show-attend-tell, got 'a'; or pass --model blip"),
         ({"init_from": "nowhere"}, "checkpoint must be a checkpoint or the folder of a run, got 'nowhere'"),
     ],
 )

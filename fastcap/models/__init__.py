@@ -1,21 +1,26 @@
 """Captioning models in plain torch, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`.
 
 A model is an `nn.Module` made from one frozen dataclass of plain values. It offers
-`forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L]) for training, `hidden_states(images, inputs)` ->
-[B, T, H] with the linear layer `head` for losses that never build logits, and `encode`, `start`, `step` for
-decoding (see `fastcap.models.decoding`). Adding a model is one file and one line of `MODELS`.
+`forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L] or None), `hidden_states(images, inputs)` -> [B, T, H]
+with the linear layer `head`, of which the training makes its loss without building logits, and `encode`, `start`, `step`
+for decoding (see `fastcap.models.decoding`). Adding a model is one file and one name in `MODELS`.
 """
 
+from .blip import Blip, BlipConfig, small_architecture
 from .decoding import Captions, beam_search, greedy
 from .encoders import BackboneEncoder, ConvEncoder, build_encoder
 from .files import MODELS, build, load, save
+from .pretrained import PretrainedTokenizer, load_blip, load_tokenizer
 from .show_attend_tell import ShowAttendTell, ShowAttendTellConfig
 
 __all__ = [
     "MODELS",
     "BackboneEncoder",
+    "Blip",
+    "BlipConfig",
     "Captions",
     "ConvEncoder",
+    "PretrainedTokenizer",
     "ShowAttendTell",
     "ShowAttendTellConfig",
     "beam_search",
@@ -23,5 +28,8 @@ __all__ = [
     "build_encoder",
     "greedy",
     "load",
+    "load_blip",
+    "load_tokenizer",
     "save",
+    "small_architecture",
 ]

@@ -12,9 +12,10 @@ from torch import nn
 
 from fastcap.errors import bad
 
+from .blip import Blip
 from .show_attend_tell import ShowAttendTell
 
-MODELS: dict[str, type[nn.Module]] = {ShowAttendTell.name: ShowAttendTell}
+MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, Blip)}
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -29,13 +30,15 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
-    """Writes `model.json` and `model.safetensors` into an existing folder."""
+    """Writes `model.json` and `model.safetensors` into an existing folder; a tensor with two names is written once."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     config = {"model": model.name, **dataclasses.asdict(model.config)}
     (folder / "model.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    first = _first_names(model)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if first[name] == name}
+    save_file(weights, folder / "model.safetensors")
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -54,5 +57,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         rule = "hold a whole model.json and model.safetensors"
         raise bad("models", "folder", rule, f"{folder} ({error})", "use an earlier checkpoint") from error
     model = build(config.pop("model"), **config)
-    model.load_state_dict(weights)
+    first = _first_names(model)
+    tied = {name: weights[kept] for name, kept in first.items() if kept in weights and name != kept}
+    model.load_state_dict({**weights, **tied})
     return model.to(device).eval()
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """For each name in the state dict, the first name of the same tensor: tied weights have two names and one tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}

@@ -34,17 +34,18 @@ class Captioner:
         """From a checkpoint, or from the last one of a run's folder."""
         found = checkpoint.find(folder)
         config = checkpoint.read_config(found)
-        tokenizer = data.CaptionTokenizer.load(found / "tokenizer.json")
+        tokenizer = models.load_tokenizer(found)
         return cls(models.load(found, device), tokenizer, config.image_size, config.max_length)
 
     def __call__(self, images: Tensor, *, beam: int = 1, length_penalty: float = 0.0) -> list[str]:
         """Captions of images [B, 3, S, S] in [-1, 1]: greedy, or the best of a beam."""
-        steps = self.max_length + 1  # the end is one
-        images = images.to(self.device)
+        images, words = images.to(self.device), self.tokenizer
+        ids = {"start_id": words.start_id, "end_id": words.end_id, "forbidden": (words.pad_id, words.start_id)}
+        ids["max_length"] = self.max_length + 1  # the end is one
         if beam == 1:
-            found = models.greedy(self.model, images, max_length=steps)
+            found = models.greedy(self.model, images, **ids)
         else:
-            found = models.beam_search(self.model, images, beam_size=beam, length_penalty=length_penalty, max_length=steps)
+            found = models.beam_search(self.model, images, beam_size=beam, length_penalty=length_penalty, **ids)
         return [self.tokenizer.decode(ids) for ids in found.lists()]
 
     def read(self, path: str | Path) -> Tensor:

@@ -20,6 +20,8 @@ FREE_ON_RESUME = ("data", "out", "device", "workers", "validate_every", "validat
 # What comes with the weights and the tokenizer of a checkpoint: a run that starts from one does not choose it again.
 FROM_CHECKPOINT = (
     "model",
+    "pretrained",
+    "prompt",
     "encoder",
     "width",
     "attention_width",
@@ -43,7 +45,8 @@ class TrainConfig:
 
     `batch_size` is the number of captions of one optimiser step, whatever `accumulate` is: `accumulate` says in how
     many parts the step is computed, and so how much memory it takes, not what it computes. A run with `init_from` takes
-    the settings named in `FROM_CHECKPOINT` from there.
+    the settings named in `FROM_CHECKPOINT` from there. What is None here is filled in when the run begins, by the model's
+    recipe (`recipes.RECIPES`); the run's own configuration, in its result and checkpoints, has it filled in.
     """
 
     data: str = _option("", "folder with a Karpathy-format dataset_*.json and its pictures", "Run")
@@ -56,26 +59,33 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and dropout", "Run")
     workers: int = _option(0, "processes that load pictures; 0 loads in this one", "Run")
 
-    model: str = _option("show-attend-tell", "the captioning model", "Model")
-    encoder: str = _option("conv", "conv, or a transformers vision model by name or folder", "Model")
-    width: int = _option(256, "of word embeddings and of the LSTM", "Model")
-    attention_width: int = _option(128, "of the attention's hidden layer", "Model")
-    dropout: float = _option(0.2, "before the last layer", "Model")
-    image_size: int = _option(48, "side of the pictures, in pixels", "Model")
+    model: str = _option("show-attend-tell", "show-attend-tell or blip", "Model")
+    pretrained: str | None = _option(
+        None,
+        "of blip: transformers checkpoint to start from, a folder or a hub name; none: a small model with random weights. "
+        "If not given: the standard one where it is in the local cache, else none",
+        "Model",
+    )
+    encoder: str | None = _option(None, "conv, or a transformers vision model by name or folder", "Model")
+    width: int | None = _option(None, "of word embeddings and hidden layers", "Model")
+    attention_width: int | None = _option(None, "of the attention's hidden layer", "Model")
+    dropout: float | None = _option(None, "before the last layer; of blip, everywhere in the decoder", "Model")
+    image_size: int | None = _option(None, "side of the pictures, in pixels", "Model")
+    prompt: str | None = _option(None, "text that every caption begins with: given, not learnt, not printed", "Model")
 
-    tokenizer: str = _option("words", "words or wordpiece", "Words")
-    min_count: int = _option(1, "words seen less often become unknown (words)", "Words")
-    vocab_size: int = _option(8000, "tokens at most (wordpiece)", "Words")
+    tokenizer: str | None = _option(None, "words or wordpiece", "Words")
+    min_count: int | None = _option(None, "words seen less often become unknown (words)", "Words")
+    vocab_size: int | None = _option(None, "tokens at most (wordpiece)", "Words")
     max_length: int = _option(30, "words or pieces of a caption; the rest is cut", "Words")
 
     steps: int = _option(2000, "optimiser steps", "Optimiser")
     batch_size: int = _option(64, "captions a step", "Optimiser")
     accumulate: int = _option(1, "parts in which a step is computed: less memory, same result", "Optimiser")
-    lr: float = _option(2e-3, "highest learning rate of AdamW", "Optimiser")
-    warmup: int = _option(100, "steps of linear rise, before half a cosine", "Optimiser")
-    weight_decay: float = _option(0.01, "of matrices, not of vectors", "Optimiser")
+    lr: float | None = _option(None, "highest learning rate of AdamW", "Optimiser")
+    warmup: int | None = _option(None, "steps of linear rise, before half a cosine", "Optimiser")
+    weight_decay: float | None = _option(None, "of matrices, not of vectors", "Optimiser")
     clip: float = _option(5.0, "largest norm of the gradient", "Optimiser")
-    label_smoothing: float = _option(0.0, "spread over the words that compete", "Optimiser")
+    label_smoothing: float | None = _option(None, "of mle, over the vocabulary; the other objectives have none", "Optimiser")
 
     validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
     validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
@@ -86,17 +96,17 @@ class TrainConfig:
         from fastcap.models import MODELS
 
         for name, kind in typing.get_type_hints(TrainConfig).items():
-            value = getattr(self, name)
-            wanted = (int, float) if kind is float else kind
-            if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-                kind_name = {int: "an integer", float: "a number"}.get(kind, "a string")
+            value, kinds = getattr(self, name), typing.get_args(kind) or (kind,)
+            wanted = (*kinds, int) if float in kinds else kinds
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
+                kind_name = {int: "an integer", float: "a number"}.get(kinds[0], "a string")
                 raise bad("train", name, f"be {kind_name}", value, f"pass {kind_name}")
         self._one_of("model", tuple(MODELS))
         self._one_of("objective", OBJECTIVE_NAMES)
         self._one_of("precision", PRECISIONS)
         self._one_of("tokenizer", TOKENIZERS)
-        for name in ("data", "out", "encoder", "device"):
-            if not getattr(self, name):
+        for name in ("data", "out", "encoder", "device", "pretrained"):
+            if getattr(self, name) == "":
                 raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
         for name in ("width", "attention_width", "image_size", "min_count", "max_length"):
             self._at_least(name, 1)
@@ -107,24 +117,23 @@ class TrainConfig:
         self._at_least("vocab_size", 5)
         if self.seed >= 2**63:
             raise bad("train", "seed", "be less than 2**63", self.seed, "pass seed=0")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                default = TrainConfig.__dataclass_fields__[name].default
-                raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={default}")
+        for name, usual in (("lr", 0.002), ("clip", 5.0)):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={usual}")
         for name in ("dropout", "mle_weight", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise bad("train", name, "be in [0, 1)", getattr(self, name), f"pass a share such as {name}=0.1")
         if self.accumulate > self.batch_size:
             rule = f"be at most batch_size={self.batch_size}"
             raise bad("train", "accumulate", rule, self.accumulate, "pass a smaller number")
 
     def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
+        if getattr(self, name) not in (*choices, None):
             rule = f"be one of {', '.join(map(repr, choices))}"
             raise bad("train", name, rule, getattr(self, name), f"pass {name}={choices[0]!r}")
 
     def _at_least(self, name: str, least: int) -> None:
-        if not getattr(self, name) >= least:
+        if getattr(self, name) is not None and not getattr(self, name) >= least:
             raise bad("train", name, f"be at least {least}", getattr(self, name), f"pass {name}={least} or more")
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,3 +147,8 @@ class TrainConfig:
     def with_model_of(self, other: TrainConfig) -> TrainConfig:
         """This run, with the model and the tokenizer's settings of another."""
         return dataclasses.replace(self, **{name: getattr(other, name) for name in FROM_CHECKPOINT})
+
+    def open_settings_of(self, other: TrainConfig) -> TrainConfig:
+        """This run, with another's values where it leaves a setting open."""
+        theirs = {name: value for name, value in other.to_dict().items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **theirs)

@@ -153,7 +153,7 @@ def run(dataset: str = "auto", out: str | Path = "build/demo", *, seed: int = 0,
     largest = max(abs(a - b) / abs(a) for a, b in pairs)
 
     report.title("4. Captions of test pictures")
-    test = data.KarpathyDataset(folder, split="test", image_size=base.image_size).images()
+    test = data.KarpathyDataset(folder, split="test", image_size=mle.config.image_size).images()
     chosen = [round(i * (len(test) - 1) / (min(tested, len(test)) - 1)) for i in range(min(tested, len(test)))]
     items = [test[i] for i in chosen]
     captions = {"MLE": _captions(mle, items), "SMILE": _captions(result, items)}

@@ -20,11 +20,13 @@ from torch.nn import functional as F
 
 from fastcap import data, models
 from fastcap.errors import FastcapError, bad
+from fastcap.models.pretrained import STANDARD
 
 from . import checkpoint, setup
 from .config import TrainConfig
 from .logs import JsonLog, Progress, Record, TensorBoardLog
-from .objectives import LossFunction, make_loss
+from .objectives import LossFunction, make_loss, through_head
+from .recipes import NO_CHECKPOINT
 
 IGNORE = -100
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +66,7 @@ def train(
         config: the run.
         resume: go on from the last checkpoint in `config.out`, whose configuration must be this one.
         loss_fn: in place of the objective's loss: `loss_fn(logits [B, T, V], target [B, T])` -> the mean over the
-            tokens that are not -100, a scalar.
+            tokens that are not -100, a scalar. Without it the loss is formed through the model's head, and logits never are.
         callbacks: each is called after each step as `callback(trainer, record)`; `trainer.stop()` ends the run there,
             with a checkpoint.
         progress: write the progress to stderr.
@@ -99,15 +101,18 @@ class Trainer:
         setup.set_seed(config.seed)
         self._pairs, self._validation = setup.load_data(config)
         if last is None:
-            self.tokenizer = setup.make_tokenizer(config, self._pairs)
-            self.model = setup.make_model(config, self.tokenizer.vocab_size)
+            self.tokenizer, self.model = setup.make_parts(config, self._pairs)
         else:
-            self.tokenizer = data.CaptionTokenizer.load(last / "tokenizer.json")
-            self.model = models.load(last)
+            self.tokenizer, self.model = models.load_tokenizer(last), models.load(last)
         self.model.to(self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self._loss = loss_fn or make_loss(config)
+        if loss_fn is None:
+            self._read = self.model.hidden_states
+            self._loss, self._mle = make_loss(config, self.model.head), through_head(self.model.head, subset="full")
+        else:
+            self._read = lambda *inputs: self.model(*inputs)[0]
+            self._loss, self._mle = loss_fn, _cross_entropy
         self._callbacks, self._show = tuple(callbacks), progress
         self._sampler = data.ShuffledBatches(
             len(self._pairs), config.batch_size, seed=config.seed, drop_last=len(self._pairs) >= config.batch_size
@@ -171,8 +176,8 @@ class Trainer:
             for batch in self._validator:
                 images, inputs, target, lengths = self._to_device(batch)
                 with self._autocast():
-                    logits, _ = self.model(images, inputs, lengths)
-                    losses = self._loss(logits, target), F.cross_entropy(logits.flatten(0, 1), target.flatten())
+                    read = self._read(images, inputs, lengths)
+                    losses = self._loss(read, target), self._mle(read, target)
                 count = (target != IGNORE).sum().item()
                 sums += torch.tensor([*(loss.item() * count for loss in losses), count], dtype=torch.float64)
         val_loss, val_mle = (sums[:2] / sums[2]).tolist()
@@ -224,9 +229,9 @@ class Trainer:
         parts = (x.chunk(config.accumulate) for x in self._to_device(batch))
         for images, inputs, target, lengths, count in zip(*parts, tokens, strict=True):
             with self._autocast():
-                logits, _ = self.model(images, inputs, lengths)
+                read = self._read(images, inputs, lengths)
                 # each part's mean, weighted by its tokens: the sum is the mean over the tokens of the whole batch
-                part = self._loss(logits, target) * (count / sum(tokens))
+                part = self._loss(read, target) * (count / sum(tokens))
             self._scaler.scale(part).backward()
             loss += part.detach()
         self._scaler.unscale_(self.optimizer)
@@ -266,6 +271,11 @@ class Trainer:
             f"{len(self._pairs)} captions, {len(self._sampler)} steps an epoch; "
             f"{config.objective}, {config.precision} on {self.device}"
         )
+        if config.model == "blip" and config.pretrained == NO_CHECKPOINT:
+            self._progress.note(
+                "a small blip with random weights, which knows nothing but this data; "
+                f"to start from a checkpoint: --pretrained NAME, such as {STANDARD}"
+            )
         if self.step:
             self._progress.note(f"resumed at step {self.step} of {config.steps}")
         longest = config.max_length
@@ -293,3 +303,7 @@ class Trainer:
             seconds=self._seconds,
             interrupted=bool(self._stopped) and self.step < self.config.steps,
         )
+
+
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten())

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastcap import data, models
 from fastcap.errors import FastcapError, bad
 
-from . import checkpoint
+from . import checkpoint, recipes
 from .config import TrainConfig
 
 
@@ -48,7 +48,8 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def resolve(config: TrainConfig, resume: bool) -> tuple[TrainConfig, Path | None]:
-    """The configuration to run and the checkpoint to go on from, after checking that `out` is free or fits."""
+    """The configuration to run, with nothing left open, and the checkpoint to go on from, after checking that `out` is
+    free or fits."""
     if not resume:
         last = checkpoint.last_of(config.out)
         if last is not None:
@@ -59,11 +60,12 @@ def resolve(config: TrainConfig, resume: bool) -> tuple[TrainConfig, Path | None
             raise bad("train", "out", "be a new folder", config.out, remedy)
         if config.init_from:
             config = config.with_model_of(checkpoint.read_config(checkpoint.find(config.init_from)))
-        return config, None
+        return recipes.complete(config), None
     last = checkpoint.to_resume(config.out)
     saved = checkpoint.read_config(last)
     if config.init_from:
         config = config.with_model_of(saved)
+    config = config.open_settings_of(saved)
     for name in config.differences(saved):
         rule = f"stay {getattr(saved, name)!r}, as the run began"
         raise bad("train", name, rule, getattr(config, name), "leave it out, or start a new run with --init-from")
@@ -81,21 +83,49 @@ def load_data(config: TrainConfig) -> tuple[Any, Any | None]:
         raise FastcapError(f"{error}; or train without validation: --validate-every 0") from error
 
 
-def make_tokenizer(config: TrainConfig, dataset: Any) -> Any:
+def make_parts(config: TrainConfig, dataset: Any) -> tuple[Any, nn.Module]:
+    """The tokenizer and the model that a run begins with."""
     if config.init_from:
-        return data.CaptionTokenizer.load(checkpoint.find(config.init_from) / "tokenizer.json")
+        folder = checkpoint.find(config.init_from)
+        return models.load_tokenizer(folder), models.load(folder)
+    if config.model == "blip" and config.pretrained != recipes.NO_CHECKPOINT:
+        model, tokenizer = models.load_blip(config.pretrained, prompt=config.prompt, image_size=config.image_size)
+    else:
+        tokenizer = _make_tokenizer(config, dataset)
+        model = _make_model(config, tokenizer)
+    longest = getattr(model, "longest", math.inf)
+    if config.max_length >= longest:
+        rule = f"be at most {longest - 1}, the positions that the prompt leaves"
+        raise bad("train", "max_length", rule, config.max_length, f"pass --max-length {longest - 1}")
+    return tokenizer, model
+
+
+def _make_tokenizer(config: TrainConfig, dataset: Any) -> Any:
     captions = dataset.captions()
+    if config.prompt:  # so that its words are known
+        captions = [*captions, *[config.prompt] * config.min_count]
     if config.tokenizer == "words":
         return data.CaptionTokenizer.train_words(captions, min_count=config.min_count)
     return data.CaptionTokenizer.train_wordpiece(captions, vocab_size=config.vocab_size)
 
 
-def make_model(config: TrainConfig, vocab_size: int) -> nn.Module:
-    if config.init_from:
-        return models.load(checkpoint.find(config.init_from))
+def _make_model(config: TrainConfig, tokenizer: Any) -> nn.Module:
+    if config.model == "blip":
+        prompt = tokenizer.encode(config.prompt)
+        architecture = models.small_architecture(
+            tokenizer.vocab_size,
+            image_size=config.image_size,
+            width=config.width,
+            dropout=config.dropout,
+            max_tokens=1 + len(prompt) + config.max_length,
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            pad_id=tokenizer.pad_id,
+        )
+        return models.build("blip", architecture=architecture, prompt=prompt)
     return models.build(
         config.model,
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size,
         encoder=config.encoder,
         embed_width=config.width,
         hidden_width=config.width,

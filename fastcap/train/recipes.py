@@ -1,0 +1,119 @@
+"""What a run takes where the user has not said otherwise: the settings whose default depends on the model.
+
+A setting of `TrainConfig` that stands in this table is None until `complete` fills it in, so that one look at a run's
+configuration tells what ran. A row that does not name a setting has no such setting: giving it is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+from fastcap.errors import bad
+
+from .config import TrainConfig
+
+NO_CHECKPOINT = "none"  # the value of `pretrained` that asks for random weights
+INSTALL = "run: pip install 'fastcap[train]'"
+AS_TRAINED = "as trained"  # the checkpoint's own value
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "show-attend-tell": {
+        "encoder": "conv",
+        "width": 256,
+        "attention_width": 128,
+        "dropout": 0.2,
+        "image_size": 48,
+        "tokenizer": "words",
+        "min_count": 1,
+        "vocab_size": 8000,
+        "lr": 2e-3,
+        "warmup": 100,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.0,
+    },
+    # Fine-tuning as BLIP's authors do it. What is not here comes with the checkpoint.
+    "blip": {
+        "image_size": AS_TRAINED,
+        "prompt": "a picture of",
+        "lr": 1e-5,
+        "warmup": 0,
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+    },
+    # Where there is no checkpoint: a small BLIP, which learns from random weights on small pictures.
+    "small blip": {
+        "width": 128,
+        "dropout": 0.0,
+        "image_size": 48,
+        "tokenizer": "words",
+        "min_count": 1,
+        "vocab_size": 8000,
+        "prompt": "a picture of",
+        "lr": 2e-3,
+        "warmup": 100,
+        "weight_decay": 0.05,
+        "label_smoothing": 0.1,
+    },
+}
+SETTINGS = tuple(dict.fromkeys(name for recipe in RECIPES.values() for name in recipe))
+
+
+def complete(config: TrainConfig) -> TrainConfig:
+    """`config` with every setting that it leaves open filled in by its recipe.
+
+    A `blip` for which no checkpoint was named starts from the standard one if it is in the local cache, else from none.
+    Label smoothing is MLE's: with another objective it is 0.
+
+    Raises:
+        FastcapError: a setting was given that the model does not have, or the named checkpoint cannot be reached.
+    """
+    pretrained = config.pretrained
+    if config.model != "blip":
+        if pretrained:
+            raise bad("train", "pretrained", f"be left out with {config.model}", pretrained, "or pass --model blip")
+    elif importlib.util.find_spec("transformers") is None:
+        raise bad("train", "model", "be show-attend-tell where transformers is missing", "blip", INSTALL)
+    elif pretrained is None:
+        pretrained = _standard()
+    row = row_of(config.model, pretrained)
+    recipe, given = RECIPES[row], {name: value for name, value in config.to_dict().items() if value is not None}
+    for name in SETTINGS:
+        if name in given and name not in recipe and not config.init_from:
+            of = "blip from a checkpoint" if row == "blip" else config.model
+            raise bad("train", name, f"be left out with {of}", given[name], "that model has no such setting to choose")
+    if config.label_smoothing and config.objective != "mle":
+        remedy = "leave it out: a smoothed SMILE would reward every word of its caption in every place"
+        rule = f"be 0 with objective {config.objective}"
+        raise bad("train", "label_smoothing", rule, config.label_smoothing, remedy)
+    filled = {name: value for name, value in recipe.items() if name not in given}
+    if config.objective != "mle":
+        filled["label_smoothing"] = 0.0
+    if filled.get("image_size") == AS_TRAINED:
+        from fastcap.models.pretrained import image_size
+
+        filled["image_size"] = image_size(pretrained)
+    return dataclasses.replace(config, pretrained=pretrained, **filled)
+
+
+def row_of(model: str, pretrained: str | None) -> str:
+    """The row of `RECIPES` that a model takes."""
+    return "small blip" if model == "blip" and pretrained == NO_CHECKPOINT else model
+
+
+def shown_default(name: str) -> str:
+    """What the help says of a setting's default: one value, or one for each recipe that has another."""
+    values = {row: recipe[name] for row, recipe in RECIPES.items() if name in recipe}
+    alike: dict[Any, list[str]] = {}
+    for row, value in values.items():
+        alike.setdefault(value, []).append(row)
+    if len(alike) == 1 and len(values) == len(RECIPES):
+        return str(next(iter(alike)))
+    return "; ".join(f"{', '.join(rows)}: {value}" for value, rows in alike.items())
+
+
+def _standard() -> str:
+    from fastcap.models.pretrained import STANDARD, is_cached
+
+    return STANDARD if is_cached(STANDARD) else NO_CHECKPOINT
