@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastcap.ops._plans import Sizes, block_rows, dense_rows, has_set, panel_columns
+from fastcap.ops._plans import Sizes, block_rows, has_set, panel_columns, sizes_of
 from fastcap.ops._subset import Options
 
 GATHERED = 8 << 20  # bytes of the head's rows that are gathered at once
@@ -56,8 +56,7 @@ class Head(NamedTuple):
     @property
     def sizes(self) -> Sizes:
         B, T = self.target.shape
-        V, H = self.linear_weight.shape
-        return Sizes(dense_rows(self.options, B, T), V, H, self.x.element_size())
+        return sizes_of(self.x, self.linear_weight, self.options, B, T)
 
     def words(self, begin: int, end: int) -> Tensor:
         """[end - begin, H] rows of the head, in the dtype of the products."""
@@ -217,7 +216,7 @@ def dense_forward(head: Head, plan: str, rows: Tensor | None, loss: Tensor, kept
         torch.mm(x, head.words(0, V).T, out=logits)
         kernels.rows(logits, rows, loss, gradients)
     elif plan == "rows":
-        size = block_rows(head.sizes, head.budget)
+        size = block_rows(head.sizes, head.budget, kept.dweight.numel() > 0)
         scratch = x.new_empty(min(n, size), V)
         kernels.advise(scratch)
         weight = head.words(0, V)

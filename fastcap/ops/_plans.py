@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from fastcap.ops._subset import Options
 
 SMALLEST = 1 << 20, 256  # of a panel: bytes, columns
@@ -12,12 +14,23 @@ BALANCE = {"cpu": 20, "cuda": 180}
 
 
 class Sizes(NamedTuple):
-    """n dense rows (at most), V words, H features, bytes of a logit."""
+    """n dense rows (at most), V words, H features, bytes of a logit, and of what the plans "keep" and "rows" need besides:
+    a copy of the head in the dtype of the products, and float32 sums of its gradient where that is narrower."""
 
     n: int
     V: int
     H: int
     itemsize: int
+    copy: int
+    sums: int
+
+
+def sizes_of(x: Tensor, linear_weight: Tensor, options: Options, B: int, T: int) -> Sizes:
+    """Of hidden states x [..., H] and a head [V, H]."""
+    V, H = linear_weight.shape
+    copy = 0 if x.dtype == linear_weight.dtype else V * H * x.element_size()
+    sums = 4 * V * H if linear_weight.element_size() < 4 else 0
+    return Sizes(dense_rows(options, B, T), V, H, x.element_size(), copy, sums)
 
 
 def dense_rows(options: Options, B: int, T: int) -> int:
@@ -32,9 +45,10 @@ def has_set(options: Options) -> bool:
     return options.kind == "set" and options.mle_weight == 0
 
 
-def block_rows(sizes: Sizes, budget: int) -> int:
-    """Rows of a block in the plan "rows"; 0 where not one fits."""
-    return min(sizes.n, budget // (sizes.V * sizes.itemsize))
+def block_rows(sizes: Sizes, budget: int, gradients: bool) -> int:
+    """Rows of a block in the plan "rows"; 0 where not one fits. `gradients`: of the head too."""
+    budget -= sizes.copy + (sizes.sums if gradients else 0)
+    return max(0, min(sizes.n, budget // (sizes.V * sizes.itemsize)))
 
 
 def panel_columns(sizes: Sizes, budget: int) -> int:
@@ -49,12 +63,12 @@ def choose(sizes: Sizes, budget: int, device: str, *, scalar: bool, gradients: s
 
     `gradients`: "none", "input" (of the hidden states only), "dense" or "accumulate" (of the weight too).
     """
-    n, V, H, _ = sizes
+    n, V, H = sizes[:3]
     if n == 0:
         return "none"
-    if n * V * sizes.itemsize <= budget:
+    if n * V * sizes.itemsize + sizes.copy <= budget:
         return "keep"
-    size = block_rows(sizes, budget)
+    size = block_rows(sizes, budget, gradients == "dense")
     # "accumulate" would need a second gradient of the head's size, to hold until the upstream gradient is known
     if size == 0 or gradients == "accumulate" or (gradients != "none" and not scalar):
         return "panels"

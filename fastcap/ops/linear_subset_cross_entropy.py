@@ -183,8 +183,7 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
     ):
         need = ctx.needs_input_grad[:3]
         gradients = "none" if not any(need) else "input" if not need[1] else grad_weight
-        B, T = target.shape
-        sizes = _plans.Sizes(_plans.dense_rows(options, B, T), *linear_weight.shape, input.element_size())
+        sizes = _plans.sizes_of(input, linear_weight, options, *target.shape)
         plan = _plans.choose(sizes, budget, input.device.type, scalar=options.reduction != "none", gradients=gradients)
         call = _Call(*need, plan, budget, backend)
         out, *kept = torch.ops.fastcap.linear_subset_cross_entropy_fwd(
