@@ -35,6 +35,7 @@ def _describe(device: str, threads: int) -> dict:
     if device.startswith("cuda"):
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         found["liger_kernel"] = version_of("liger_kernel")
+        found["cut_cross_entropy"] = version_of("cut-cross-entropy")
     return found
 
 

@@ -88,11 +88,13 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&subset_options), py::kw_only(), py::arg("subset"), py::arg("first_full"), py::arg("mle_weight"),
            py::arg("label_smoothing"), py::arg("logit_softcap"), py::arg("z_loss"), py::arg("ignore_index"),
            py::arg("ids_pad"), py::arg("reduction"));
-  // Holds pointers, not tensors: the caller keeps those alive.
+  // Holds pointers: it keeps the tensors alive that they lead to.
   py::class_<fastcap::LinearTokens>(m, "LinearTokens")
       .def(py::init([](Tensor target, Tensor ids, Tensor weight, Tensor token_weight, Tensor bias, int64_t V) {
-        return fastcap::LinearTokens{target, ids, weight, token_weight, bias, V};
-      }));
+             return fastcap::LinearTokens{target, ids, weight, token_weight, bias, V};
+           }),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
+           py::keep_alive<1, 6>());
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("linear_subset_cross_entropy_tokens_cpu", &fastcap::linear_subset_cross_entropy_tokens_cpu, release);
   m.def("linear_subset_cross_entropy_set_cpu", &fastcap::linear_subset_cross_entropy_set_cpu, release);

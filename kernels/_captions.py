@@ -164,7 +164,9 @@ class CaptionKernels:
 
 def _tiles(x, target):
     """Blocks of the kernels of a caption, and how float32 is multiplied: as torch has been told."""
-    precision = "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    precision = "tf32" if x.dtype == torch.float32 and allowed else "ieee"
     factor = TYPES[x.dtype]
     if not x.is_cuda and x.device.type != "meta" and factor == tl.bfloat16:
         factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16

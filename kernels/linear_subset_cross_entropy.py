@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from fastcap.kernels._captions import CaptionKernels
 from fastcap.kernels._common import acc_of, block_of, softcap
-from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, repeats_as_pads, without_repeats
+from fastcap.kernels._ids import MAX_PAIRED_IDS, excluded_marks, repeats_as_pads
 from fastcap.kernels._subset import (
     A_F,
     A_S,
@@ -281,7 +281,7 @@ class LinearKernels(CaptionKernels, WordSums):
         if options.kind == "reverse":
             self.excluded = excluded_marks(self.ids, options.ids_pad, V)
         elif options.kind == "set":
-            self.ids = (repeats_as_pads if own else without_repeats)(self.ids, options.ids_pad)
+            self.ids = repeats_as_pads(self.ids, options.ids_pad)
         self.K = self.ids.shape[2] if options.kind == "set" else 0
         self.mixed = options.kind == "set" and options.mle_weight > 0  # dense rows have a set part too
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -33,6 +34,13 @@ WAYS = {
     "mixture-first-in-subset": {**NARROW, "mle_weight": 0.01},
     "reverse": {"subset": "reverse"},
     "full": {"subset": "full", "label_smoothing": 0.1},
+}
+# and every way to a few candidates, for three captions over 61 words
+SETS = {
+    "caption": {},
+    "shared-ids": {"subset": torch.tensor([40, 3, -1, 3, 0])},
+    "own-ids": {"subset": torch.tensor([[1, 1, 60], [-1, -1, -1], [7, 8, 9]])},
+    "random": {"subset": "random", "num_random": 4, "seed": 3},
 }
 every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 every_budget = pytest.mark.parametrize("memory_budget", BUDGETS)
@@ -325,6 +333,44 @@ def test_ignored_captions_and_tokens_cost_nothing(options, memory_budget, place)
             assert (value == 0).all()  # torch's cross_entropy gives NaN for "mean"
 
 
+JUNK = {**WAYS, **{f"{name}-first-in-subset": {**NARROW, **options} for name, options in SETS.items() if name != "caption"}}
+
+
+def with_junk(grad, target):
+    """`grad`, but NaN and infinities at the ignored tokens."""
+    junk = torch.tensor([torch.nan, torch.inf, -torch.inf]).repeat(target.numel())[: target.numel()].view(target.shape)
+    return torch.where(target == -100, junk, grad.cpu())
+
+
+@pytest.mark.parametrize(
+    ("options", "memory_budget"),
+    # without a full row there is nothing to budget
+    [pytest.param(way, b, id=f"{n}-{b}") for n, way in JUNK.items() for b in (None, 0) if b is None or n in WAYS],
+)
+def test_the_upstream_gradient_of_an_ignored_token_may_be_anything(options, memory_budget, target):
+    """torch.where(valid, loss / count, 0) has one of 0 / 0 where the count is 0."""
+    call = make_hidden(3, 4, 61, 5)  # each caption begins with an ignored token, and the last has no other
+    grad = upstream(call["target"].double())
+    clean = by_logits(call, grad, reduction="none", **options)
+    grad = with_junk(grad, call["target"])
+    assert grad.isnan().any() and grad.isinf().any()
+    close(result(target, call, grad, reduction="none", memory_budget=memory_budget, **options), clean)
+
+
+@every_mode
+@pytest.mark.parametrize("options", SETS.values(), ids=SETS)
+def test_junk_upstream_of_ignored_tokens_reaches_no_kind_of_gradient(grad_weight, options, place):
+    call, options = without_bias(make_hidden(3, 9, 61, 5)), {**NARROW, **options, "reduction": "none"}
+    grad, head = upstream(call["target"].double()), head_of(place, call)
+    given = on(place, {**call, **options})
+    given["input"].requires_grad_()
+    with fastcap.backend(place.backend):
+        loss = F_cap.linear_subset_cross_entropy(**{**given, "linear_weight": head}, grad_weight=grad_weight)
+    loss.backward(with_junk(grad, call["target"]).to(loss))
+    gradient = head.grad.to_dense() if head.grad.is_sparse else head.grad
+    close((loss.detach().cpu(), given["input"].grad.cpu(), gradient.cpu()), by_logits(call, grad, **options))
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn.functional.linear_cross_entropy is not there")
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize(
@@ -368,14 +414,6 @@ def backward(where, call, head, scale=1.0, **options):
 
 def dense_gradient(call, grad=1.0, **options):
     return by_logits(without_bias(call), torch.tensor(grad, dtype=torch.float64), **options)[2]
-
-
-SETS = {
-    "caption": {},
-    "shared-ids": {"subset": torch.tensor([40, 3, -1, 3, 0])},
-    "own-ids": {"subset": torch.tensor([[1, 1, 60], [-1, -1, -1], [7, 8, 9]])},
-    "random": {"subset": "random", "num_random": 4, "seed": 3},
-}
 
 
 @pytest.mark.parametrize("options", SETS.values(), ids=SETS)
@@ -491,6 +529,70 @@ def test_accumulate_adds_into_main_grad_in_float32(options, memory_budget, place
         # the gradient as plain torch has it in bfloat16, and the rounding of two sums of about 1
         allowed = times * (2 * (plain.double() - exact).abs().max() + 4 * 2**-8 * exact.abs().max()) + 4 * 2**-24
         assert (added - times * exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("options", [NARROW, {}, {"subset": "full"}], ids=["caption-first-in-subset", "caption", "full"])
+@pytest.mark.parametrize("memory_budget", [None, 0])
+@pytest.mark.parametrize("memory", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_accumulate_adds_into_main_grad_of_any_dtype(options, memory_budget, memory, dtype, place):
+    call = {k: v.to(dtype) if v.is_floating_point() else v for k, v in make_hidden(3, 6, 23, 5).items()}
+    head, exact = head_of(place, call), dense_gradient(call, **options)
+    head.main_grad = torch.ones(23, 5, dtype=memory, device=place.device)
+    backward(place, call, head, grad_weight="accumulate", memory_budget=memory_budget, **options)
+    step = max(torch.finfo(memory).eps, torch.finfo(dtype).eps if dtype != torch.float64 else 0.0)
+    assert head.grad is None and head.main_grad.dtype == memory and exact.abs().max() > 0.05
+    assert (head.main_grad.cpu().double() - 1 - exact).abs().max() <= 4 * step
+
+
+@pytest.mark.parametrize("options", [NARROW, {}, {"mle_weight": 0.3}], ids=["caption-first-in-subset", "caption", "mixture"])
+@pytest.mark.parametrize("memory_budget", [None, 0])
+@pytest.mark.parametrize("carried", ["nothing", "grad", "main_grad"])
+def test_accumulate_adds_only_in_a_backward_that_reaches_the_weight(options, memory_budget, carried, place):
+    """torch.autograd.grad(loss, [h]) and loss.backward(inputs=[h]) leave other parameters alone; a penalty, a probe of the
+    hidden states' gradients or GradNorm would else move the head."""
+    call = without_bias(make_hidden(3, 6, 23, 5))
+    head, given = head_of(place, call), on(place, call)
+    h = given["input"].requires_grad_()
+    _, dh, dweight = by_logits(call, torch.tensor(1.0), **options)
+    there = torch.randn(23, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    if carried != "nothing":
+        setattr(head, carried, there.to(place.device, copy=True))
+
+    def added():
+        memory = head.main_grad if carried == "main_grad" else head.grad
+        return None if memory is None else memory.cpu() - (there if carried != "nothing" else 0)
+
+    with fastcap.backend(place.backend):
+        loss = F_cap.linear_subset_cross_entropy(
+            h, head, given["target"], grad_weight="accumulate", memory_budget=memory_budget, **options
+        )
+    close([g.cpu() for g in torch.autograd.grad(loss, [h], retain_graph=True)], [dh])
+    assert h.grad is None
+    loss.backward(inputs=[h], retain_graph=True)
+    close([h.grad.cpu()], [dh])
+    assert added() is None if carried == "nothing" else (added() == 0).all()
+    loss.backward(inputs=[h, head], retain_graph=True)
+    close([h.grad.cpu(), added()], [2 * dh, dweight])
+    loss.backward(inputs=[head], retain_graph=True)
+    close([h.grad.cpu(), added()], [2 * dh, 2 * dweight])
+    loss.backward()
+    close([h.grad.cpu(), added()], [3 * dh, 3 * dweight])
+    assert carried != "main_grad" or head.grad is None
+
+
+@pytest.mark.parametrize("options", [NARROW, {}], ids=["caption-first-in-subset", "caption"])
+def test_accumulate_gives_autograd_no_gradient_of_the_weight(options, place):
+    """Whoever asks for it by name is told so, and nothing is added in passing."""
+    call = without_bias(make_hidden(3, 6, 23, 5))
+    head, given = head_of(place, call), on(place, call)
+    h = given["input"].requires_grad_()
+    with fastcap.backend(place.backend):
+        loss = F_cap.linear_subset_cross_entropy(h, head, given["target"], grad_weight="accumulate", **options)
+    for inputs in ([head], [h, head]):
+        with pytest.raises((RuntimeError, FastcapError)):
+            torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert head.grad is None and h.grad is None
 
 
 def test_accumulate_into_a_weight_that_is_no_leaf_is_an_error(place):
@@ -762,47 +864,117 @@ def test_under_autocast_a_float32_head_meets_bfloat16_hidden_states(grad_weight,
     assert_close_to_float64(gradient.bfloat16(), exact[2], plain[2], "linear_weight")
 
 
+def float16_gradients(where, call, budget, scale):
+    """Of the mean over `call` under autocast to float16, with a loss scale that is then taken off again."""
+    leaves = [call[name].float().to(where.device).requires_grad_() for name in INPUTS]
+    with fastcap.backend(where.backend), torch.autocast(where.device, dtype=torch.float16):
+        loss = F_cap.linear_subset_cross_entropy(
+            *leaves[:2], call["target"].to(where.device), linear_bias=leaves[2], subset="full", memory_budget=budget
+        )
+    return [gradient.cpu() / scale for gradient in torch.autograd.grad(scale * loss, leaves)]
+
+
+# All logits, blocks of rows (a copy of the head, sums of its gradient, 512 or 3000 rows of logits), the smallest panels
+FLOAT16_BUDGETS = [None, 6 * 32 * 8 + 512 * 2 * 32, 6 * 32 * 8 + 3000 * 2 * 32, 0]
+
+
+@pytest.mark.parametrize("memory_budget", FLOAT16_BUDGETS)
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_float16_gradients_survive_a_mean_over_many_tokens(size, memory_budget, place, reference):
+    """1 / 4096 of a gradient is below what float16 holds; the loss scale, which lifts it, comes with the backward."""
+    call = make_hidden(1, 4096, 32, 8, bias=0.1, prompt=0)
+    call = {k: (v * (size if k == "input" else 1)).half() if v.is_floating_point() else v for k, v in call.items()}
+    _, *exact = by_logits(call, torch.tensor(1.0), subset="full")
+
+    def errors(where):
+        gradients = float16_gradients(where, call, memory_budget, 65536.0)
+        return [((g - e).norm() / e.norm()).item() for g, e in zip(gradients, exact, strict=True)]
+
+    for ours, plain in zip(errors(place), errors(reference), strict=True):
+        assert ours < 2 * plain + 2**-12, (ours, plain)
+
+
+@pytest.mark.parametrize("memory_budget", FLOAT16_BUDGETS)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_float16_sums_over_many_tokens_of_large_states_are_finite(scale, memory_budget, place):
+    """One feature of 100, as real models have, and few words: the sum over thousands of tokens is beyond float16, their
+    mean is not. A loss scaler would lower its scale for ever and never find one that helps."""
+    call = make_hidden(1, 4096, 32, 8, bias=0.0, prompt=0)
+    call["target"] %= 4
+    call["input"][..., 3], call["linear_weight"][:, 3] = 100.0, 0.0
+    call = {k: v.half() if v.is_floating_point() else v for k, v in call.items()}
+    _, *exact = by_logits(call, torch.tensor(1.0), subset="full")
+    assert exact[1].abs().max() < 65504 / 1024 < 65504 < 4096 * exact[1].abs().max()
+    for gradient, e in zip(float16_gradients(place, call, memory_budget, scale), exact, strict=True):
+        assert gradient.isfinite().all() and (scale == 1 or (gradient - e).norm() < 2**-7 * e.norm())
+
+
 # Memory ----------------------------------------------------------------------------------------------------------------
 
 
-class Allocated(TorchDispatchMode):
-    """The tensors of `numel` elements or more that an operation makes, also inside fastcap's operators; those of the
-    weight's shape (the weight, its gradient) and views of them do not count."""
+class Inside(TorchDispatchMode):
+    """Sees what operations make, also inside fastcap's operators, whose names and results it keeps."""
 
-    def __init__(self, weight, numel):
+    def __init__(self):
         super().__init__()
-        self.shape, self.numel, self.found, self.calls = tuple(weight.shape), numel, [], 0
-        self.known = {weight.untyped_storage().data_ptr(): weight.untyped_storage()}  # kept, lest its address is given anew
+        self.operators = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "fastcap":
             key = next(a for a in args if isinstance(a, torch.Tensor)).device.type.upper()
-            self.calls += 1
             with self:  # what its implementation calls is seen as well
-                return func._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+                out = func._op_dk(getattr(torch._C.DispatchKey, key), *args, **kwargs)
+            self.operators.append((func._schema.name, out))
+            return out
         out = func(*args, **kwargs)
         for x in torch.utils._pytree.tree_leaves(out):
-            if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
-                continue
-            memory = x.untyped_storage().data_ptr()
-            if tuple(x.shape) == self.shape:
-                self.known[memory] = x.untyped_storage()
-            elif memory not in self.known and x.untyped_storage().nbytes() // x.element_size() >= self.numel:
-                self.found.append((str(func), tuple(x.shape)))
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+                self.made(func, x)
         return out
 
 
-def allocations(where, numel, **options):
-    call = make_hidden(4, 20, 50_003, 24, seed=4)
+class Allocated(Inside):
+    """The tensors of `numel` elements or more that an operation makes; those of the weight's shape (the weight, its
+    gradient) and views of them do not count."""
+
+    def __init__(self, weight, numel):
+        super().__init__()
+        self.shape, self.numel, self.found = tuple(weight.shape), numel, []
+        self.known = {weight.untyped_storage().data_ptr(): weight.untyped_storage()}  # kept, lest its address is given anew
+
+    def made(self, func, x):
+        memory = x.untyped_storage().data_ptr()
+        if tuple(x.shape) == self.shape:
+            self.known[memory] = x.untyped_storage()
+        elif memory not in self.known and x.untyped_storage().nbytes() // x.element_size() >= self.numel:
+            self.found.append((str(func), tuple(x.shape)))
+
+
+class WeightsMade(Inside):
+    """The tensors of the weight's shape that are not the weight."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight, self.found = weight, []
+
+    def made(self, func, x):
+        if x.shape == self.weight.shape and x.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():
+            self.found.append((str(func), x.dtype))
+
+
+def allocations(where, numel, H=24, autocast=False, **options):
+    call = make_hidden(4, 20, 50_003, H, seed=4)
     call = on(where, {k: v.float() if v.is_floating_point() else v for k, v in call.items()})
     h, bias = call["input"].requires_grad_(), call["linear_bias"].requires_grad_()
     head = head_of(where, call)
+    lower = torch.autocast(where.device, dtype=torch.bfloat16, enabled=autocast)
     with fastcap.backend(where.backend), Allocated(head, numel) as allocated:
-        loss = F_cap.linear_subset_cross_entropy(h, head, call["target"], linear_bias=bias, **options)
+        with lower:
+            loss = F_cap.linear_subset_cross_entropy(h, head, call["target"], linear_bias=bias, **options)
         loss.backward(torch.ones_like(loss))
     assert head.grad is not None and loss.isfinite().all()
-    assert allocated.calls >= 1  # the backward of some gradients runs outside an operator
+    assert allocated.operators  # the backward of some gradients runs outside an operator
     return allocated.found
 
 
@@ -822,6 +994,43 @@ def test_no_tensor_of_16_rows_by_the_vocabulary_is_made(options, reduction, comp
 def test_scratch_keeps_to_its_budget(options, compiled):
     """80 tokens' logits are 16 MB; no tensor beyond the budget of 4 MB."""
     assert allocations(compiled, (4 << 20) // 4 + 1, memory_budget=4 << 20, **options) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"subset": "full"}, {"mle_weight": 0.1}], ids=["caption", "full", "mixture"])
+@pytest.mark.parametrize("grad_weight", ["dense", "accumulate"])
+def test_under_autocast_the_head_is_converted_in_parts(options, grad_weight, compiled):
+    """For four rows a panel's logits are few however wide it is; its rows of the head, in bfloat16, are not."""
+    found = allocations(compiled, 50_003 * 96 // 4, H=96, autocast=True, memory_budget=0, grad_weight=grad_weight, **options)
+    assert found == []
+
+
+@every_way
+@every_budget
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_none_are_prepared(options, memory_budget, off, compiled):
+    """Though the parameters require them: an evaluation inside a training loop."""
+    call = {k: v.float() if v.is_floating_point() else v for k, v in make_hidden(3, 6, 23, 5).items()}
+    given = on(compiled, call)
+    for name in INPUTS:
+        given[name].requires_grad_()
+    with fastcap.backend(compiled.backend), off(), WeightsMade(given["linear_weight"]) as watch:
+        loss = F_cap.linear_subset_cross_entropy(**given, memory_budget=memory_budget, **options)
+    [(name, (_, inv_denom, rows, *kept))] = watch.operators
+    assert name == "fastcap::linear_subset_cross_entropy_fwd" and inv_denom.numel() == 1 and rows.numel() <= 18
+    assert [tensor.numel() for tensor in kept] == [0] * 7
+    assert watch.found == [] and not loss.requires_grad
+    torch.testing.assert_close(loss.cpu(), by_logits(call, **options)[0].float(), rtol=1e-5, atol=1e-5)
+
+
+def test_with_gradients_some_are_prepared(compiled):
+    """Guards the test above: its watch sees them."""
+    call = on(compiled, make_hidden(3, 6, 23, 5))
+    for name in INPUTS:
+        call[name].requires_grad_()
+    with fastcap.backend(compiled.backend), WeightsMade(call["linear_weight"]) as watch:
+        F_cap.linear_subset_cross_entropy(**call, subset="full").backward()
+    [(_, kept), _] = watch.operators
+    assert max(tensor.numel() for tensor in kept) == 18 * 23 and watch.found
 
 
 MEASURE = """
@@ -869,6 +1078,74 @@ def test_memory_is_the_gradient_the_budget_and_little_more(cpp):
     used = [int(line) for line in run.stdout.split()]
     for (options, most), bytes_ in zip(MOST, used, strict=True):
         assert bytes_ < most < LOGITS / 2, (options, used)
+
+
+# Of Triton's kernels alone ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request) -> str:
+    status = fastcap.backends()["triton"]
+    if not status:
+        pytest.skip(f"backend triton: {status.reason}")
+    return request.param
+
+
+@pytest.mark.parametrize("sort", [False, True], ids=["compared", "sorted"])
+def test_words_take_no_more_places_than_there_are_words(sort, triton_device, monkeypatch):
+    """300 ids of 20 words: their sums are 20 rows of the head, not 300."""
+    from fastcap.kernels import _word_sums
+
+    class Sums(_word_sums.WordSums):
+        V, plan, on = 20, None, torch.zeros(1, device=triton_device)
+
+    monkeypatch.setattr(_word_sums, "MAX_COMPARED", 0 if sort else 300)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, 22, (300,), generator=generator)  # 20 and 21 are no words
+    source = torch.randn(100, 3, dtype=torch.float64, generator=generator)
+    for given in (ids, ids.where(ids % 2 == 0, -1), torch.full_like(ids, -1)):
+        sums = Sums()
+        words = sums.group(given.to(triton_device))
+        expected = sorted({*given.tolist()} - {-1, 20, 21})
+        assert words.distinct.tolist() == expected + [-1] * (20 - len(expected))
+        values = torch.zeros(20, 3, dtype=torch.float64, device=triton_device)
+        sums.add_rows(values, words, 0, 300, None, source.to(triton_device), 3)
+        exact = torch.stack([source.repeat_interleave(3, 0)[given == word].sum(0) for word in expected or [-2]])
+        torch.testing.assert_close(values[: len(exact)].cpu(), exact, rtol=1e-12, atol=1e-12)
+        assert (values[len(expected) :] == 0).all()
+
+
+def precisions(*settings):
+    """How float16, float32 and float64 are multiplied after these settings of torch.backends.cuda.matmul, one by one."""
+    from fastcap.kernels._captions import _tiles
+
+    for name, value in settings:
+        setattr(torch.backends.cuda.matmul, name, value)
+    y = torch.zeros(1, 2).long()
+    return [_tiles(torch.zeros(2, 8, dtype=d), y)["PRECISION"] for d in (torch.float16, torch.float32, torch.float64)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], "ieee"),
+        ([("allow_tf32", True)], "tf32"),
+        ([("allow_tf32", False)], "ieee"),
+        ([("fp32_precision", "tf32")], "tf32"),
+        ([("fp32_precision", "ieee")], "ieee"),
+        ([("allow_tf32", True), ("fp32_precision", "ieee")], "ieee"),
+    ],
+    ids=str,
+)
+def test_float32_is_multiplied_as_torch_has_been_told_in_either_way(settings, expected):
+    """torch raises where the old setting is read after the new one was written; what was written cannot be taken back, so
+    this runs in a process of its own."""
+    pytest.importorskip("triton")
+    if any(not hasattr(torch.backends.cuda.matmul, name) for name, _ in settings):
+        pytest.skip("this torch does not know that setting")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(precisions, settings).get(30) == ["ieee", expected, "ieee"]
 
 
 # Past 2^31 elements ----------------------------------------------------------------------------------------------------

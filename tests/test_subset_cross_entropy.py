@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import subprocess
@@ -11,6 +12,7 @@ import weakref
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcap
 from fastcap import functional as F_cap
@@ -556,6 +558,33 @@ def test_the_logits_are_freed_after_a_forward_that_needs_them_no_more(fused):
         assert kept or alive() is None
         loss.backward()
         assert leaf.grad.isfinite().all() and (leaf.grad != 0).any()
+
+
+class Results(TorchDispatchMode):
+    """What fastcap's operators return."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "fastcap":
+            self.found.append(out)
+        return out
+
+
+@pytest.mark.parametrize("options", [DENSE, NARROW, {"mle_weight": 0.1}], ids=str)
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_without_gradients_none_are_prepared(options, off, fused):
+    """Though the logits require them: an evaluation of what is being trained."""
+    x, y = make_captions(2, 3, 9)
+    x = x.to(fused.device).requires_grad_()
+    with fastcap.backend(fused.backend), off(), Results() as results:
+        loss = F_cap.subset_cross_entropy(x, y.to(fused.device), **options)
+    [(_, _, *kept)] = results.found
+    wanted = off is contextlib.nullcontext
+    assert loss.requires_grad == wanted and any(tensor.numel() > 0 for tensor in kept) == wanted
 
 
 MEASURE = """

@@ -2,6 +2,8 @@
 
 #include <limits>
 
+#include "../common/subset_rows.h"
+
 namespace fastcap {
 namespace {
 
@@ -46,12 +48,22 @@ void check_linear_tokens(const LinearTokens& args, const SubsetOptions& o) {
   if (args.token_weight) check_shape(kOp, "token_weight", args.token_weight, {B, T});
 }
 
-void check_linear_loss(const LinearTokens& args, const Tensor& loss, DType dtype) {
+void check_linear_values(const LinearTokens& args, const SubsetOptions& o) {
+  check_target(kOp, args.target, o.ignore_index, args.V);
+  if (o.subset == Subset::kFull) return;
+  check_ids(kOp, broadcast_ids(args.ids, args.target.sizes[0], args.target.sizes[1]), "subset", o.ids_pad, args.V);
+}
+
+void check_linear_sums(const LinearTokens& args, DType dtype) {
   const DType acc = acc_of(dtype);
-  check_whole("loss", loss, {args.target.sizes[0], args.target.sizes[1]}, acc);
   if (args.weight) check_dtype(kOp, "weight", args.weight, acc);
   if (args.bias) check_dtype(kOp, "linear_bias", args.bias, acc);
   if (args.token_weight) check_dtype(kOp, "token_weight", args.token_weight, acc);
+}
+
+void check_linear_loss(const LinearTokens& args, const Tensor& loss, DType dtype) {
+  check_whole("loss", loss, {args.target.sizes[0], args.target.sizes[1]}, acc_of(dtype));
+  check_linear_sums(args, dtype);
 }
 
 void check_linear_set(const LinearTokens& args, const Tensor& scores, const Tensor& score_y, const Tensor& loss,
@@ -73,12 +85,16 @@ void check_linear_rows(const Tensor& rows, int64_t N) {
   check_whole("rows", rows, {rows.sizes[0]}, DType::kInt64);
 }
 
-void check_linear_panel(const LinearTokens& args, const Tensor& logits, int64_t begin, const Tensor& rows) {
-  const int64_t N = args.target.numel();
+void check_linear_places(const Tensor& rows, int64_t N) {
   check_linear_rows(rows, N);
   for (int64_t i = 0; i < (rows ? rows.sizes[0] : 0); ++i)
     if (rows.as<int64_t>()[i] < 0 || rows.as<int64_t>()[i] >= N)
       bad(kOp, "rows", "be tokens, in [0, " + std::to_string(N) + ")", rows.as<int64_t>()[i], "pass the forward's");
+}
+
+void check_linear_panel(const LinearTokens& args, const Tensor& logits, int64_t begin, const Tensor& rows) {
+  check_linear_places(rows, args.target.numel());
+  check_linear_sums(args, logits.dtype);
   if (logits.ndim != 2) bad(kOp, "logits", "have shape [n, P]", shape_of(logits), "pass a panel");
   check_whole("logits", logits, {rows ? rows.sizes[0] : 0, logits.sizes[1]}, logits.dtype);
   if (begin < 0 || begin > args.V - logits.sizes[1])

@@ -264,14 +264,12 @@ void emit(const LinearTokens& args, const Tensor& logits, int64_t begin, const T
 int64_t linear_subset_cross_entropy_tokens_cpu(const LinearTokens& args, const Tensor& rows_, const Tensor& inv_denom,
                                                const SubsetOptions& o) {
   check_linear_tokens(args, o);
-  check_target(kOp, args.target, o.ignore_index, args.V);
-  if (o.subset != Subset::kFull) {
-    const Tensor ids = broadcast_ids(args.ids, args.target.sizes[0], args.target.sizes[1]);
-    check_ids(kOp, ids, "subset", o.ids_pad, args.V);
-  }
+  check_linear_values(args, o);
   check_linear_rows(rows_, rows_.sizes[0]);
   const bool is_double = inv_denom.dtype == DType::kFloat64;
   check_shape(kOp, "inv_denom", inv_denom, {});
+  if (!is_double) check_dtype(kOp, "inv_denom", inv_denom, DType::kFloat32);
+  check_linear_sums(args, inv_denom.dtype);
   const auto run = [&](auto acc) {
     using Acc = decltype(acc);
     const Tokens<Acc> tokens(args.target, args.token_weight, o);
@@ -292,6 +290,7 @@ int64_t linear_subset_cross_entropy_tokens_cpu(const LinearTokens& args, const T
 void linear_subset_cross_entropy_set_cpu(const LinearTokens& args, const Tensor& scores, const Tensor& score_y,
                                          const Tensor& loss, const Tensor& dset, const SubsetOptions& o, int threads) {
   check_linear_tokens(args, o);
+  check_linear_values(args, o);
   check_linear_set(args, scores, score_y, loss, dset);
   dispatch_floats(kOp, scores.dtype, [&](auto t) { set<decltype(t)>(args, scores, score_y, loss, dset, o, threads); });
 }
@@ -299,6 +298,7 @@ void linear_subset_cross_entropy_set_cpu(const LinearTokens& args, const Tensor&
 void linear_subset_cross_entropy_rows_cpu(const LinearTokens& args, const Tensor& logits, const Tensor& rows_,
                                           const Tensor& loss, bool need_grad, const SubsetOptions& o, int threads) {
   check_linear_tokens(args, o);
+  check_linear_values(args, o);
   check_linear_panel(args, logits, 0, rows_);
   check_shape(kOp, "logits", logits, {rows_.sizes[0], args.V});
   check_linear_loss(args, loss, logits.dtype);
@@ -309,6 +309,7 @@ void linear_subset_cross_entropy_absorb_cpu(const LinearTokens& args, const Tens
                                             const Tensor& rows_, const Tensor& state, const Tensor& picks,
                                             const SubsetOptions& o, int threads) {
   check_linear_tokens(args, o);
+  check_linear_values(args, o);
   check_linear_panel(args, logits, begin, rows_);
   check_linear_state(args, rows_, state, picks, logits.dtype, o);
   dispatch_floats(kOp, logits.dtype,
@@ -319,7 +320,8 @@ void linear_subset_cross_entropy_finish_cpu(const LinearTokens& args, const Tens
                                             const Tensor& picks, const Tensor& loss, const Tensor& stats, const Tensor& cols,
                                             const Tensor& dset, const SubsetOptions& o) {
   check_linear_tokens(args, o);
-  check_linear_rows(rows_, args.target.numel());
+  check_linear_values(args, o);
+  check_linear_places(rows_, args.target.numel());
   check_linear_state(args, rows_, state, picks, picks.dtype, o);
   check_linear_loss(args, loss, picks.dtype);
   check_linear_gradient(args, rows_, stats, cols, dset, picks.dtype);
@@ -333,6 +335,7 @@ void linear_subset_cross_entropy_emit_cpu(const LinearTokens& args, const Tensor
                                           const Tensor& stats, const Tensor& cols, const Tensor& dset,
                                           const SubsetOptions& o, int threads) {
   check_linear_tokens(args, o);
+  check_linear_values(args, o);
   check_linear_panel(args, logits, begin, rows_);
   if (!stats) bad(kOp, "stats", "be the forward's", "none", "pass the forward's stats");
   check_linear_gradient(args, rows_, stats, cols, dset, logits.dtype);

@@ -119,7 +119,7 @@ void linear_subset_cross_entropy_add_rows_cpu(const Tensor& values, const Tensor
   check_vector("group", group, M, DType::kInt64);
   check_below("group", group, -1, values.sizes[0]);
   if (factor) check_vector("factor", factor, M, values.dtype);
-  if (share < 1 || source.sizes[0] * share < M || source.sizes[1] != values.sizes[1])
+  if (share < 1 || (M > 0 && source.sizes[0] <= (M - 1) / share) || source.sizes[1] != values.sizes[1])
     bad(kOp, "source", "have a row for each `share` elements of group", shape_of(source), "pass rows of H elements");
   dispatch_floats(kOp, source.dtype, [&](auto t) { add_rows<decltype(t)>(values, group, factor, source, share, threads); });
 }

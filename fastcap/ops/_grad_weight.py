@@ -24,9 +24,20 @@ class AsGradWeight(torch.autograd.Function):
     def backward(ctx, dweight):
         if ctx.grad_weight == "sparse":
             return dweight.to_sparse(1), None
-        into = accumulator(ctx.linear_weight)
-        into += dweight.to(into.dtype)
+        if is_asked_for(ctx.linear_weight):
+            into = accumulator(ctx.linear_weight)
+            into += dweight.to(into.dtype)
         return None, None
+
+
+def is_asked_for(parameter: Tensor) -> bool:
+    """Whether the backward that runs is to reach `parameter`: autograd.grad and backward(inputs=...) may leave it out."""
+    node = torch.autograd.graph.get_gradient_edge(parameter).node
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:  # torch.autograd.grad of the parameter itself
+        rule = "be 'dense' or 'sparse' for torch.autograd.grad of the weight"
+        raise bad("linear_subset_cross_entropy", "grad_weight", rule, "accumulate", "or call backward()") from error
 
 
 def accumulator(linear_weight: Tensor) -> Tensor:
@@ -66,7 +77,12 @@ def _check_accumulator(op: str, linear_weight: Tensor) -> None:
     if into is None:
         return
     fits = isinstance(into, Tensor) and into.shape == linear_weight.shape and into.device == linear_weight.device
-    if not fits or into.layout != torch.strided or not into.is_floating_point():
-        rule = f"carry a {name} of its shape, {list(linear_weight.shape)}, dense and floating, on its device"
+    if not fits or into.layout != torch.strided or into.dtype not in _checks.FLOATS or _overlaps(into):
+        shape = list(linear_weight.shape)
+        rule = f"carry a {name} of its shape, {shape}, dense, of memory of its own, float16 to float64, on its device"
         got = f"{list(into.shape)}, {into.layout}, {into.dtype} on {into.device}" if isinstance(into, Tensor) else into
         raise bad(op, "linear_weight", rule, got, f"set it to None or to torch.zeros_like of the weight (its {name})")
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

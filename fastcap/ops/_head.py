@@ -104,14 +104,17 @@ def set_forward(head: Head, loss: Tensor, dset: Tensor | None) -> None:
     head.kernels.set(scores.view(B, T, -1), score_y, loss, dset)
 
 
-def set_backward(head: Head, kept: Kept, grad_out: Tensor, dx: Tensor | None, need_words: bool):
+def set_backward(
+    head: Head, kept: Kept, grad_out: Tensor, dx: Tensor | None, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
     """Writes dx [N, H]; returns (distinct ids [U], d weight [U, H] of their rows, d bias [U, 1]), or None."""
     x, ids = _groups(head)
     (G, R, H), K, N = x.shape, ids.shape[1], head.target.numel()
-    dwords = dbias = own = None
+    M = G * K
+    own = by_place = None
     if head.kernels.fuses():
         by_place = head.kernels.caption_backward(
-            head.x, head.linear_weight, kept.dset, grad_out, kept.inv_denom, dx, need_words
+            head.x, head.linear_weight, kept.dset, grad_out, kept.inv_denom, dx, need_weight or need_bias
         )
     else:
         dset = kept.dset * (grad_out * kept.inv_denom).unsqueeze(-1)
@@ -124,28 +127,31 @@ def set_backward(head: Head, kept: Kept, grad_out: Tensor, dx: Tensor | None, ne
                 torch.bmm(low[begin:end], head.gather(ids[begin:end]), out=dx.view(G, R, H)[begin:end])
             if own is not None:
                 dx += own.to(x.dtype) * head.gather(head.target.flatten())
-    if not need_words:
+    if not (need_weight or need_bias):
         return None
     every = _marked(ids.flatten(), head.options.ids_pad)
     if own is not None:
         every = torch.cat([every, _marked(head.target.flatten(), head.options.ignore_index)])
-    group, distinct = head.kernels.group(every)
-    dwords, dbias = kept.dset.new_zeros(len(distinct), H), kept.dset.new_zeros(len(distinct), 1)
-    add_rows = head.kernels.add_rows
-    if head.kernels.fuses():
-        add_rows(dwords, group, None, by_place[0], 1)
-        add_rows(dbias, group, None, by_place[1], 1)
-        return distinct, dwords, dbias
-    if R == 1 and K > 0:
-        add_rows(dwords, group[: G * K], dset.flatten(), head.x, K)
-    for begin, end in _chunks(x, ids, H) if R > 1 and K > 0 else ():
-        add_rows(dwords, group[begin * K : end * K], None, torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H), 1)
-    if K > 0:
-        add_rows(dbias, group[: G * K], None, dset.sum(1).view(-1, 1), 1)
-    if own is not None:
-        add_rows(dwords, group[G * K :], own.flatten(), head.x, 1)
-        add_rows(dbias, group[G * K :], None, own, 1)
-    return distinct, dwords, dbias
+    words, add_rows = head.kernels.group(every), head.kernels.add_rows
+    dweight = kept.dset.new_zeros(len(words.distinct), H) if need_weight else None
+    dbias = kept.dset.new_zeros(len(words.distinct), 1) if need_bias else None
+    if need_weight:
+        if by_place:
+            add_rows(dweight, words, 0, M, None, by_place[0], 1)
+        elif R == 1 and K > 0:
+            add_rows(dweight, words, 0, M, dset.flatten(), head.x, K)
+        elif K > 0:
+            for begin, end in _chunks(x, ids, H):
+                sums = torch.bmm(low[begin:end].mT, x[begin:end]).view(-1, H)
+                add_rows(dweight, words, begin * K, end * K, None, sums, 1)
+        if own is not None:
+            add_rows(dweight, words, M, M + N, own.flatten(), head.x, 1)
+    if need_bias:
+        if K > 0:
+            add_rows(dbias, words, 0, M, None, by_place[1] if by_place else dset.sum(1).view(-1, 1), 1)
+        if own is not None:
+            add_rows(dbias, words, M, M + N, None, own, 1)
+    return words.distinct, dweight, dbias
 
 
 def _marked(ids: Tensor, pad: int) -> Tensor:
@@ -180,6 +186,8 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 def _column_sums(logits: Tensor, factor: Tensor) -> Tensor:
     """[P]: the sum of the rows times their factor, in the dtype of the factor."""
+    if logits.dtype == torch.float16:  # whose sums overflow, and whose small factors vanish
+        return (logits.to(factor.dtype) * factor).sum(0)
     if factor.dim() == 0:
         return (logits.new_ones(1, logits.shape[0]) @ logits).view(-1).to(factor.dtype) * factor
     return (factor.to(logits.dtype).T @ logits).view(-1).to(factor.dtype)
@@ -258,7 +266,7 @@ def dense_backward(
     x = _select(head.x, rows)
     n, V = x.shape[0], head.linear_weight.shape[0]
     factor = _factor(grad_out * kept.inv_denom, rows)
-    scaled = _scaled(x, factor)
+    scaled = None if dweight is None else _scaled(x, factor)
     if plan == "keep":
         dlogits = kept.dlogits[:n]
         dx = _scaled(dlogits @ head.words(0, V), factor) if need_x else None
@@ -297,31 +305,37 @@ def backward(
     """
     kernels, weight = head.kernels, head.linear_weight
     tokens = head.target.numel() > 0
+    if grad_out.dim() > 0:  # what is ignored may have any upstream gradient, NaN too
+        grad_out = grad_out.masked_fill(head.target == head.options.ignore_index, 0.0)
     few, many = tokens and has_set(head.options), tokens and plan != "none"
     rows = kernels.kept_rows(kept.rows) if many else None
     dx = dweight = dbias = words = dx_rows = None
-    if need_x:
-        dx = torch.empty_like(head.x) if few else torch.zeros_like(head.x)
+    if need_x and few:
+        dx = torch.empty_like(head.x)
     if need_weight and into is not None:
         dweight = into
     elif need_weight and not sparse and not (many and plan == "rows"):
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         kernels.advise(dweight)
     if few:
-        words = set_backward(head, kept, grad_out, dx, need_weight or need_bias)
+        words = set_backward(head, kept, grad_out, dx, need_weight, need_bias)
     if many and plan == "rows":
-        dx_rows = _scaled(kept.dinput[: _select(head.x, rows).shape[0]], grad_out) if need_x else None
+        dx_rows = _scaled(kept.dinput if rows is None else kept.dinput[: rows.shape[0]], grad_out) if need_x else None
         dweight = _times(kept.dweight, grad_out, overwrite) if need_weight else None
         dbias = kept.dbias * grad_out if need_bias else None
     elif many:
         dx_rows, dbias = dense_backward(head, plan, rows, kept, grad_out, need_x, need_bias, dweight, add=into is not None)
-    if dx_rows is not None:
-        dx = dx_rows if dx_rows.shape == dx.shape else dx.index_copy_(0, rows, dx_rows)
+    if dx_rows is not None and dx_rows.shape == head.x.shape:
+        dx = dx_rows
+    elif need_x and not few:
+        dx = torch.zeros_like(head.x)
+    if dx_rows is not None and dx is not dx_rows:
+        dx.index_copy_(0, rows, dx_rows)
     if words is not None:
         distinct, dwords, dbias_words = words
         if need_bias:
             clear = dbias is None
-            dbias = dwords.new_empty(weight.shape[0]) if clear else dbias
+            dbias = dbias_words.new_empty(weight.shape[0]) if clear else dbias
             kernels.write_rows(dbias.view(-1, 1), distinct, dbias_words, add=not clear, clear=clear)
         if need_weight and sparse:
             dweight = kernels.sparse_rows(distinct, dwords.to(weight.dtype), weight.shape)

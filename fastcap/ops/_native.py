@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,13 @@ class CUDA:
             )  # fmt: skip
 
 
+class Words(NamedTuple):
+    """M tokens by their ids."""
+
+    distinct: Tensor  # [U], ascending
+    group: Tensor  # [M]: the place of each token's id among them, -1 where it has none
+
+
 class LinearKernels:
     """linear_subset_cross_entropy's row kernels on the CPU, for one batch. `rows` are the dense rows' tokens."""
 
@@ -140,19 +149,23 @@ class LinearKernels:
         stats = stats.view(-1)[: 8 * n].view(8, n)
         return (stats, cols[:n], dset[:n]) if cols.numel() else (stats, None, None)
 
-    def group(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(the place of each id among the distinct ones, those in order); -1 is none."""
+    def group(self, ids: Tensor) -> Words:
+        """The tokens by their ids [M]; -1 is none."""
         group, distinct = torch.empty_like(ids), torch.empty_like(ids)
         U = self._c.linear_subset_cross_entropy_group_cpu(ids, -1, self._V, group, distinct)
-        return group, distinct[:U]
+        return Words(distinct[:U], group)
 
-    def add_rows(self, values, group, factor, source, share):
+    def add_rows(self, values, words, begin, end, factor, source, share):
+        """values [U, H] += the source rows of the tokens [begin, end), times their factor, by word."""
+        group = words.group[begin:end]
         self._c.linear_subset_cross_entropy_add_rows_cpu(values, group, factor, source, share, self._threads)
 
     def write_rows(self, out, ids, values, add, clear):
         if out.stride(1) != 1 and out.shape[1] > 1:  # rows that are not contiguous: somebody's own .grad
             out[ids] = (out[ids].to(values.dtype) + values if add else values).to(out.dtype)
             return
+        if out.dtype != torch.float64:
+            values = values.float()
         self._c.linear_subset_cross_entropy_write_rows_cpu(out, ids, values, add, clear, self._threads)
 
     def sparse_rows(self, ids: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

@@ -52,16 +52,19 @@ def block_rows(sizes: Sizes, budget: int, gradients: bool) -> int:
 
 
 def panel_columns(sizes: Sizes, budget: int) -> int:
-    """Columns of a panel: what the budget holds, at least the smallest, and never all."""
+    """Columns of a panel, and of the head if that is copied: what the budget holds, at least the smallest, never all."""
     smallest, columns = SMALLEST
-    columns = max(columns, max(budget, smallest) // max(1, sizes.n * sizes.itemsize))
+    column = sizes.n * sizes.itemsize + sizes.copy // sizes.V
+    columns = max(columns, max(budget, smallest) // max(1, column))
     return max(1, min(columns // 64 * 64, (sizes.V + 1) // 2))
 
 
-def choose(sizes: Sizes, budget: int, device: str, *, scalar: bool, gradients: str) -> str:
+def choose(sizes: Sizes, budget: int, device: str, *, early: bool, gradients: str) -> str:
     """The plan that is expected to be fastest within `budget` bytes of scratch.
 
-    `gradients`: "none", "input" (of the hidden states only), "dense" or "accumulate" (of the weight too).
+    `early`: whether gradients may be formed before the upstream gradient is known: by a scalar loss, and not in float16,
+    where they would vanish or overflow before a loss scale comes. `gradients`: "none", "input" (of the hidden states only),
+    "dense" or "accumulate" (of the weight too).
     """
     n, V, H = sizes[:3]
     if n == 0:
@@ -70,7 +73,7 @@ def choose(sizes: Sizes, budget: int, device: str, *, scalar: bool, gradients: s
         return "keep"
     size = block_rows(sizes, budget, gradients == "dense")
     # "accumulate" would need a second gradient of the head's size, to hold until the upstream gradient is known
-    if size == 0 or gradients == "accumulate" or (gradients != "none" and not scalar):
+    if size == 0 or gradients == "accumulate" or (gradients != "none" and not early):
         return "panels"
     blocks, panels = -(-n // size), -(-V // panel_columns(sizes, budget))
     rows_flops, panels_flops = (2, 2) if gradients == "none" else (4, 6) if gradients == "input" else (6, 8)

@@ -37,6 +37,9 @@ def reference(
     """The logits, and the masked formulation on them, in plain torch, on any device. O(B T V) memory."""
     if grad_weight != "dense" and linear_weight.requires_grad and torch.is_grad_enabled():
         linear_weight = _grad_weight.AsGradWeight.apply(linear_weight, grad_weight)
+    if linear_weight.dtype != input.dtype:  # autocast leaves float64 alone, and its head too
+        linear_weight = linear_weight.to(input.dtype)
+        linear_bias = None if linear_bias is None else linear_bias.to(input.dtype)
     logits = F.linear(input, linear_weight, linear_bias)
     return _subset.masked_loss(logits, target, ids, weight, token_weight, options).to(out_dtype)
 
@@ -179,12 +182,25 @@ _library.impl(f"{OP}_bwd", _bwd_meta, "Meta")
 class _LinearSubsetCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, input, linear_weight, linear_bias, target, ids, weight, token_weight, options, budget, grad_weight, backend
+        ctx,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        ids,
+        weight,
+        token_weight,
+        options,
+        budget,
+        grad_weight,
+        backend,
+        wanted,
     ):
-        need = ctx.needs_input_grad[:3]
+        need = tuple(wanted and needed for needed in ctx.needs_input_grad[:3])  # these say True under no_grad too
         gradients = "none" if not any(need) else "input" if not need[1] else grad_weight
         sizes = _plans.sizes_of(input, linear_weight, options, *target.shape)
-        plan = _plans.choose(sizes, budget, input.device.type, scalar=options.reduction != "none", gradients=gradients)
+        early = options.reduction != "none" and input.dtype != torch.float16
+        plan = _plans.choose(sizes, budget, input.device.type, early=early, gradients=gradients)
         call = _Call(*need, plan, budget, backend)
         out, *kept = torch.ops.fastcap.linear_subset_cross_entropy_fwd(
             input, linear_weight, linear_bias, target, ids, weight, token_weight, *options, *call
@@ -203,7 +219,7 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
             once(OP, dinput) if ctx.call.need_input else None,
             once(OP, dweight) if dweight is not None else None,
             once(OP, dbias.to(ctx.bias_dtype)) if ctx.call.need_bias else None,
-            *(None,) * 8,
+            *(None,) * 9,
         )
 
 
@@ -216,10 +232,22 @@ def _backward(ctx, grad_out):
         return dinput, dweight if call.need_weight else None, dbias
     input, linear_weight, linear_bias, target, ids, weight, *kept = tensors
     head = _make_head(input, linear_weight, linear_bias, target, ids, weight, None, ctx.options, call)
-    into = None if ctx.parameter is None else _grad_weight.accumulator(ctx.parameter)
+    into, need_weight = None, call.need_weight
+    if ctx.parameter is not None:
+        need_weight = _grad_weight.is_asked_for(ctx.parameter)
+        into = _grad_weight.accumulator(ctx.parameter) if need_weight else None
     with torch.no_grad():
         dx, dweight, dbias = _head.backward(
-            head, call.plan, _head.Kept(*kept), grad_out, *call[:3], into, ctx.grad_weight == "sparse", True
+            head,
+            call.plan,
+            _head.Kept(*kept),
+            grad_out,
+            call.need_input,
+            need_weight,
+            call.need_bias,
+            into,
+            ctx.grad_weight == "sparse",
+            True,
         )
     return None if dx is None else dx.view(input.shape), dweight, dbias
 
@@ -259,9 +287,9 @@ def linear_subset_cross_entropy(
 
         subset_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
 
-    but the logits [B, T, V] never exist. A token that chooses among few words multiplies with their rows of the head only,
-    and time and memory do not grow with V; one that needs all (first tokens, `mle_weight`, "full", "reverse") goes through
-    blocks of at most `memory_budget` bytes, one pass serving all parts of the loss.
+    but the logits [B, T, V] are not made. A token that chooses among few words multiplies with their rows of the head only,
+    and time and memory do not grow with V; tokens that need all (first tokens, `mle_weight`, "full", "reverse") share blocks
+    of logits within `memory_budget` bytes, one pass serving all parts of the loss.
 
     Args:
         input: hidden states [B, T, H], float32, float64, float16 or bfloat16, any strides. [N, H] is one caption of N
@@ -277,10 +305,10 @@ def linear_subset_cross_entropy(
             "sparse": a coalesced sparse tensor of the rows of the batch's words, for torch.optim.SparseAdam or SGD. Only
             where no token uses the whole vocabulary.
             "accumulate": added in place into `linear_weight.main_grad` if the parameter carries one, else into
-            `linear_weight.grad` (made of zeros if it is None); autograd itself gets none, so no hook of the parameter runs.
-            Keep `.grad` between steps, with zero_grad(set_to_none=False) or by zeroing only the rows in use.
-        memory_budget: bytes of scratch for the tokens that use the whole vocabulary; None is 256 MiB, 0 the smallest blocks.
-            Logits are kept for the backward where they fit it, and else made in blocks.
+            `linear_weight.grad` (made of zeros if it is None); autograd itself gets none, and tensor hooks of the
+            parameter see None. Keep `.grad` between steps: zero_grad(set_to_none=False), or zero the rows in use.
+        memory_budget: bytes of scratch for the tokens that use the whole vocabulary; None is 256 MiB, 0 the smallest blocks
+            (1 MiB or 256 columns, whichever is more). Logits' gradients are kept for the backward where they fit.
 
     Returns:
         A scalar, or [B, T] (or [N]) for "none", 0 at ignored tokens. In the dtype of `input`, float32 under autocast.
@@ -291,8 +319,8 @@ def linear_subset_cross_entropy(
         RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
 
     Deterministic. Products run in the dtype of `input`, sums in float32 (float64 for float64 input). Between forward and
-    backward it keeps 4 bytes a candidate and token, and for tokens that use the whole vocabulary their logits' gradient (if
-    it fits the budget), or the gradients of input and weight, or 32 bytes a token: docs/math says when.
+    backward it keeps 4 bytes a candidate and token (8 in a mixture), and for tokens that use the whole vocabulary their
+    logits' gradient (if it fits the budget), or the gradients of input and weight, or 32 bytes a token: docs/math says when.
 
     Source: Yue et al., Learning Descriptive Image Captioning via Semipermeable Maximum Likelihood Estimation
     (arXiv:2306.13460), section 3.2.
@@ -337,7 +365,7 @@ def linear_subset_cross_entropy(
         own = subset == "caption" and options.kind == "set"  # the candidates of a token are its caption's targets
         out = _LinearSubsetCrossEntropy.apply(
             input, linear_weight, linear_bias, target, None if own else ids, weight, token_weight, options, budget,
-            grad_weight, backend,
+            grad_weight, backend, torch.is_grad_enabled(),
         ).to(out_dtype)  # fmt: skip
     return out.squeeze(0) if flat and reduction == "none" else out
 
@@ -346,6 +374,8 @@ def _check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     """Raises for a bad argument; returns the budget in bytes."""
     _checks.check_tensor(OP, "linear_weight", linear_weight, "pass the head's weight, head.weight")
     _checks.check_dtype(OP, "linear_weight", linear_weight, _checks.FLOATS, "convert the head")
+    if linear_weight.layout != torch.strided:
+        raise bad(OP, "linear_weight", "be dense", linear_weight.layout, "call linear_weight.to_dense()")
     if linear_weight.dim() != 2 or linear_weight.shape[0] < 1 or linear_weight.shape[1] != input.shape[2]:
         rule = f"have shape [V, H] with V >= 1 and H = {input.shape[2]}"
         raise bad(OP, "linear_weight", rule, list(linear_weight.shape), "pass head.weight, a row for each word")

@@ -110,8 +110,8 @@ _library.impl(f"{OP}_bwd", _bwd_meta, "Meta")
 
 class _SubsetCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, ids, weight, token_weight, options, backend):
-        need_grad = ctx.needs_input_grad[0]
+    def forward(ctx, input, target, ids, weight, token_weight, options, backend, wanted):
+        need_grad = wanted and ctx.needs_input_grad[0]  # which says True under no_grad too
         out, *saved = torch.ops.fastcap.subset_cross_entropy_fwd(
             input, target, ids, weight, token_weight, *options, need_grad, backend
         )
@@ -140,7 +140,7 @@ class _SubsetCrossEntropy(torch.autograd.Function):
             ctx.dtype,
             ctx.backend,
         )
-        return once(OP, dinput), None, None, None, None, None, None
+        return once(OP, dinput), *(None,) * 7
 
 
 # Public function -------------------------------------------------------------------------------------------------------
@@ -240,5 +240,7 @@ def subset_cross_entropy(
     if backend == "reference":
         out = reference(input, target, ids, weight, token_weight, options, out_dtype)
     else:
-        out = _SubsetCrossEntropy.apply(input, target, ids, weight, token_weight, options, backend).to(out_dtype)
+        out = _SubsetCrossEntropy.apply(
+            input, target, ids, weight, token_weight, options, backend, torch.is_grad_enabled()
+        ).to(out_dtype)
     return out.squeeze(0) if flat and reduction == "none" else out

@@ -271,6 +271,10 @@ def _linear_subset_cross_entropy_cases() -> list[Case]:
     add("long-captions", 1, 67, 90, 3, **narrow, **each)
     add("long-captions-mixture", 2, 66, 90, 3, **large, mle_weight=0.1, memory_budget=2000)
     add("many-ids", 1, 3, 300, 3, subset=torch.arange(280, 80, -1) // 2, label_smoothing=0.1, mle_weight=0.1)
+    falling = torch.arange(178, 108, -1) // 2  # not in order, and each twice
+    add("many-ids-first-in-subset", 1, 3, 90, 3, **narrow, **each, bias=3.0, subset=falling, label_smoothing=0.1)
+    add("many-ids-per-caption", 2, 3, 90, 3, subset=torch.randint(-1, 90, (2, 67), generator=generator))
+    add("many-random", 1, 3, 90, 3, **narrow, subset="random", seed=3, num_random=65)
     add("wide", 2, 3, 4101, 5, **each, memory_budget=0)
     add("wide-reverse", 1, 3, 4101, 5, **narrow, subset="reverse", label_smoothing=0.1, logit_softcap=20.0, memory_budget=0)
     add("wide-features", 2, 4, 37, 259, **large, mle_weight=0.2)
