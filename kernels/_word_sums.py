@@ -148,7 +148,7 @@ class WordSums:
     def add_rows(self, values, words, begin, end, factor, source, share):
         """values [U, H] += the source rows of the tokens [begin, end), times their factor, by word."""
         (U, H) = values.shape
-        block = block_of(H, 256)
+        block = block_of(H, 128)
         self._launch(_add_rows_kernel, (U, triton.cdiv(H, block)), 4, dict(
             values_ptr=values, order_ptr=words.order, starts_ptr=words.starts, counts_ptr=words.counts, factor_ptr=factor,
             source_ptr=source, begin=begin, end=end, H=H, share=share, BLOCK_M=16, BLOCK_H=block,
