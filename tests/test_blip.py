@@ -6,9 +6,11 @@ import dataclasses
 import json
 import shutil
 import sys
+import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -16,12 +18,13 @@ pytest.importorskip("PIL")
 
 import transformers
 
+import fastcap
 from fastcap import data, models
 from fastcap import functional as F_cap
 from fastcap.errors import FastcapError
 from fastcap.models import pretrained
+from fastcap.objectives import OBJECTIVES
 from fastcap.train import Captioner, TrainConfig, Trainer, checkpoint, train
-from fastcap.train.config import OBJECTIVE_NAMES
 
 START, END, PAD, V = 1, 2, 0, 23
 PROMPT = [5, 6, 5]
@@ -175,8 +178,11 @@ def test_a_file_that_lacks_a_weight_is_not_loaded(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["blip.text_decoder.bert.embeddings.word_embeddings.weight"]
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(FastcapError) as caught:
         models.load(tmp_path)
+    text = str(caught.value)
+    assert text.startswith("fastcap.models: folder must hold a model.json and the weights of the model that it describes")
+    assert "Missing key(s)" in text and text.endswith("; use another checkpoint, or the fastcap that wrote it")
 
 
 @pytest.mark.parametrize(
@@ -258,6 +264,12 @@ def _broken(kind, published, folder):
         config = transformers.BlipConfig.from_pretrained(published)
         transformers.BlipForImageTextRetrieval(config).save_pretrained(folder)
         return "hold the weights of BlipForConditionalGeneration, got .* which lacks text_decoder.*pass a captioner"
+    if kind == "answers questions":
+        shutil.copytree(published, folder)
+        config = transformers.BlipConfig.from_pretrained(published)
+        config.text_config.encoder_hidden_size = 16
+        transformers.BlipForQuestionAnswering(config).save_pretrained(folder)
+        return "hold the weights of BlipForConditionalGeneration, got .* which also has text_encoder.*pass a captioner"
     shutil.copytree(published, folder)
     if kind == "no tokenizer":
         for file in ("vocab.txt", "tokenizer.json"):
@@ -268,7 +280,9 @@ def _broken(kind, published, folder):
     return "be a folder or a hub name that can be loaded, got .*; check the name and the network"
 
 
-@pytest.mark.parametrize("kind", ["not there", "another model", "no decoder", "no tokenizer", "cut weights"])
+@pytest.mark.parametrize(
+    "kind", ["not there", "another model", "no decoder", "answers questions", "no tokenizer", "cut weights"]
+)
 def test_what_is_no_whole_captioner_is_refused(published, tmp_path, kind):
     message = _broken(kind, published, tmp_path / "broken")
     with pytest.raises(FastcapError, match=f"fastcap.models: pretrained must {message}"):
@@ -365,12 +379,49 @@ def test_interrupted_and_resumed_is_bitwise_uninterrupted(config):
     assert second.model.head.weight is second.model.blip.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_trains_without_running_the_head(config, objective):
     trainer = Trainer(_with(config, objective=objective, steps=2, validate_every=2), progress=False)
-    trainer.model.head.register_forward_hook(lambda *_: pytest.fail("logits were built"))
+    trainer.model.head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
     result = trainer.run()
     assert result.val_mle > 0 and result.config.label_smoothing == (0.1 if objective == "mle" else 0.0)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest storage that an operator returns, in bytes; inside our own operators too."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastcap":
+            with self:  # a mode is off while it handles an operator: on again, below the key that brought us here
+                output = function._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        else:
+            output = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return output
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_with_the_smallest_budget_no_step_and_no_validation_holds_16_rows_of_logits(config, objective, cpp, monkeypatch):
+    """The optimiser's step as well. Hidden states have 8 numbers: the head and its gradient are as large as 8 rows."""
+    words = 20_011  # so that 16 rows are more than the operation's smallest scratch, 1 MiB
+    small = models.small_architecture
+    monkeypatch.setattr(models, "small_architecture", lambda vocab_size, **sizes: small(words, **sizes))
+    config = _with(config, objective=objective, width=8, batch_size=16, validate_every=1, validate_batches=1)
+
+    def rows(part, **changes):
+        trainer = Trainer(_with(config, **changes), progress=False)
+        batch, trainer._began = next(iter(trainer._loader)), time.perf_counter()
+        with fastcap.backend(cpp.backend), Allocations() as watch:
+            trainer._train_step(0, batch) if part == "step" else trainer.validate()
+        return watch.largest / (4 * words)
+
+    for part in ("step", "validation"):
+        assert 8 <= rows(part, memory_budget=0) < 16
+        assert rows(part) >= 16  # with the usual budget: it does see logits
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -431,13 +482,29 @@ def test_without_a_name_the_standard_checkpoint_is_taken_from_the_cache_or_none(
         assert ("a small blip with random weights" in capsys.readouterr().err) is not cached
 
 
-def test_without_transformers_the_error_says_how_to_get_it(config, monkeypatch):
+def test_without_transformers_the_error_says_how_to_get_it(config, tmp_path, monkeypatch):
+    model = _model().float()
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(FastcapError) as caught:
         _quiet(config)
     assert str(caught.value) == (
         "fastcap.train: model must be show-attend-tell where transformers is missing, got 'blip'; "
         "run: pip install 'fastcap[train]'"
+    )
+    models.save(model, tmp_path)
+    with pytest.raises(FastcapError, match="fastcap.models: transformers must be installed, got .*; run: pip install 'fa"):
+        models.load(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+def test_a_run_of_fastcap_is_no_pretrained_checkpoint_and_the_error_says_how_to_start_from_it(config, named):
+    result = _quiet(_with(config, steps=1))
+    folder = config.out if named == "run" else str(result.checkpoint)
+    with pytest.raises(FastcapError) as caught:
+        _quiet(_with(config, out=config.out + "-more", pretrained=folder))
+    assert str(caught.value) == (
+        f"fastcap.train: pretrained must be a checkpoint of transformers, got {folder!r}; "
+        f"that is a run of fastcap: pass --init-from {folder}, without --model and --pretrained"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -117,6 +118,16 @@ def test_unreadable_pictures_are_listed_and_the_others_captioned(fastcap, traine
     assert lines[2] == "fastcap caption: 2 of 4 pictures could not be read"
 
 
+@pytest.mark.parametrize("file", ["model.json", "trainer.json", "tokenizer.json", "model.safetensors"])
+def test_a_checkpoint_with_a_foreign_file_is_one_line_and_status_2(fastcap, trained, scenes, tmp_path, file):
+    shutil.copytree(trained, tmp_path / "copy")
+    (folder,) = (tmp_path / "copy" / "checkpoints").glob("step-*")
+    (folder / file).write_text("{}")
+    status, out, err = fastcap("caption", "--checkpoint", tmp_path / "copy", scenes / "images" / "scene_000001.png")
+    assert (status, out) == (2, "")
+    assert err.startswith("fastcap.") and str(folder) in err and "; " in err and err.count("\n") == 1
+
+
 def test_resume_needs_only_the_folder(fastcap, scenes, tmp_path):
     assert fastcap("train", "--data", scenes, "--out", tmp_path / "run", *SMALL)[0] == 0
     status, out, err = fastcap("train", "--out", tmp_path / "run", "--resume")
@@ -140,6 +151,14 @@ def test_resume_needs_only_the_folder(fastcap, scenes, tmp_path):
         (
             ["train", "--data", ".", "--out", "run", "--lr", "0"],
             "fastcap.train: lr must be positive and finite, got 0.0",
+        ),
+        (
+            ["train", "--data", ".", "--out", "run", "--memory-budget", "-1"],
+            "fastcap.train: memory_budget must be in [0, 1073741824] MB, got -1.0; pass memory_budget=256, or 0 for",
+        ),
+        (
+            ["train", "--data", ".", "--out", "run", "--objective", "smile", "--mle-weight", "0.5"],
+            "fastcap.train: mle_weight must be 0 with objective smile, got 0.5; leave it out, or pass --objective smile+mle",
         ),
         (["train", "--data", "none", "--out", "run"], "fastcap.data.karpathy: "),
         (

@@ -97,6 +97,11 @@ def blip2_t5():
     return model, {**inputs, "labels": captions()}
 
 
+def blip2_llama():
+    text = {**SMALL, "model_type": "llama", "vocab_size": V, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    return _blip2(text)
+
+
 def git():
     config = tf.GitConfig(vision_config=dict(PICTURE), **SMALL, **NO_DROPOUT, vocab_size=V, max_position_embeddings=32)
     labels = captions()
@@ -165,7 +170,8 @@ def vit_bert():
     return _vision_encoder_decoder({"model_type": "bert", **SMALL, **NO_DROPOUT, "max_position_embeddings": 16})
 
 
-MODELS = {f.__name__: f for f in (blip, blip2_opt, blip2_t5, git, florence2, qwen2_5_vl, paligemma, vit_gpt2, vit_bert)}
+MODELS = (blip, blip2_opt, blip2_t5, blip2_llama, git, florence2, qwen2_5_vl, paligemma, vit_gpt2, vit_bert)
+MODELS = {f.__name__: f for f in MODELS}
 SHIFTS_INPUTS = ("blip2_t5", "florence2", "vit_gpt2", "vit_bert")  # the others shift labels
 
 
@@ -419,6 +425,24 @@ def test_a_training_step_never_holds_16_rows_of_logits(objective, cpp):
         assert _largest_allocation(model, inputs) < 16 * words * 4
 
 
+def test_what_of_the_logits_is_made_is_bounded_by_the_budget(cpp):
+    """The words of the recipe, in rows of V: 32 targets of 4 captions; head and gradient are as large as 8 rows."""
+    words = 20_011
+    model, inputs = build("blip", hidden_size=8, vocab_size=words)
+    ids = torch.randint(5, words, (4, 9))
+    inputs = {"pixel_values": torch.randn(4, 3, 8, 8), "input_ids": ids, "labels": ids}
+    largest = {}
+    with fastcap.backend(cpp.backend):
+        for objective in ("mle", "smile", "smile+mle", "resmile"):
+            hf.attach(model, objective)
+            largest[objective] = _largest_allocation(model, inputs) / (words * 4)
+        budget = 20 * words * 4  # more than the smallest scratch, 1 MiB
+        hf.attach(model, "mle", memory_budget=budget)
+        assert _largest_allocation(model, inputs) <= budget
+    assert largest["smile"] <= 8  # no [B, T, V]; first tokens make [B, V], 4 rows
+    assert all(largest[objective] == 32 for objective in ("mle", "smile+mle", "resmile"))  # 2.5 MB of the 256 MiB
+
+
 def test_the_models_own_label_smoothing_is_for_mle_only():
     model, inputs = build("blip", torch.float64, label_smoothing=0.1)
     logits, target = own_logits("blip", model, inputs)
@@ -600,6 +624,130 @@ def test_a_subclass_counts_as_its_base():
     assert type(hf.detach(model)) is Mine
 
 
+def test_paligemma_is_capped_only_where_transformers_caps_it(monkeypatch):
+    """Before 5.23 no code read the configuration's cap."""
+    model, inputs = build("paligemma", torch.float64)
+    key, forward = "final_logit_softcapping", tf.PaliGemmaForConditionalGeneration.forward
+
+    def older(self, *args, **kwargs):
+        cap = getattr(self.config.text_config, key)
+        setattr(self.config.text_config, key, None)
+        output = forward(self, *args, **kwargs)
+        setattr(self.config.text_config, key, cap)
+        return output
+
+    monkeypatch.setattr(tf.PaliGemmaForConditionalGeneration, "forward", older)
+    logits, target = own_logits("paligemma", model, inputs)
+    own = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    cap = getattr(model.config.text_config, key)
+    assert not torch.allclose(own, F.cross_entropy(cap * (logits / cap).tanh().flatten(0, 1), target.flatten()))
+    torch.testing.assert_close(hf.attach(model, "mle")(**inputs).loss, own)
+
+
+# Models inside others ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_with_accelerates_hooks_is_attached_and_detached():
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = build("blip")
+    wanted = hf.attach(copy.deepcopy(model))(**inputs).loss
+    own = copy.deepcopy(model)(**inputs)
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    hooked = model.__dict__["forward"]
+    output = hf.attach(model)(**inputs)
+    assert output.logits is None and torch.equal(output.loss, wanted)
+    assert model.__dict__["forward"] is hooked  # and so are the hooks
+    hf.detach(model)
+    assert torch.equal(model(**inputs).loss, own.loss) and model._old_forward.__func__ is type(model).forward
+    accelerate.hooks.remove_hook_from_module(hf.attach(model), recurse=True)
+    assert model(**inputs).logits is None
+
+
+def test_an_offloaded_head_is_an_error(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = build("vit_gpt2")
+    model.decoder.lm_head.weight = torch.nn.Parameter(model.decoder.lm_head.weight.detach().clone())  # not tied
+    accelerate.cpu_offload(model.decoder.lm_head, torch.device("cpu"))
+    with pytest.raises(FastcapError, match=r"model must have its head in memory while it trains, got 'an offloaded head'; "):
+        hf.attach(model)(**inputs)
+
+
+def test_a_model_with_a_forward_of_its_own_is_an_error():
+    model, _ = build("blip")
+    own_class = type(model)
+    model.forward = torch.no_grad()(model.forward)
+    with pytest.raises(FastcapError, match=r"model must carry no forward of its own, got '.*'; attach before training or"):
+        hf.attach(model)
+    assert type(model) is own_class and _SETTINGS not in model.__dict__
+    del model.forward
+    hf.attach(model)
+
+
+def _wrappers():
+    yield "compiled", lambda model: torch.compile(model, backend="eager")
+    yield "data parallel", torch.nn.DataParallel
+    yield "both", lambda model: torch.compile(torch.nn.DataParallel(model), backend="eager")
+
+
+@pytest.mark.parametrize(("kind", "wrap"), _wrappers(), ids=lambda value: value if isinstance(value, str) else "")
+def test_the_model_inside_a_wrapper_is_attached_and_detached(kind, wrap):
+    model, inputs = build("blip")
+    own_class, wrapped = type(model), wrap(model)
+    assert hf.attach(wrapped) is wrapped
+    assert type(model) is not own_class and model(**inputs).logits is None
+    assert hf.detach(wrapped) is wrapped
+    assert type(model) is own_class and _SETTINGS not in model.__dict__
+
+
+def test_the_model_inside_distributed_data_parallel_is_found(tmp_path):
+    model, inputs = build("blip")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        assert hf.attach(parallel)(**inputs).logits is None
+        assert hf.detach(parallel)(**inputs).logits is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_model_that_ran_before_it_was_attached_trains_attached():
+    model, inputs = build("blip")
+    compiled = torch.compile(model, backend="eager")
+    assert compiled(**inputs).logits is not None
+    assert hf.attach(compiled)(**inputs).logits is None
+    assert hf.detach(compiled)(**inputs).logits is not None
+    torch._dynamo.reset()
+
+
+def test_detaching_what_only_holds_an_attached_model_is_an_error():
+    model, _ = build("blip")
+    holder = torch.nn.Sequential(hf.attach(model))
+    with pytest.raises(
+        FastcapError, match=r"detach: model must be the attached model itself, got 'Sequential'; pass its module '0'"
+    ):
+        hf.detach(holder)
+    assert hf.detach(torch.nn.Sequential(hf.detach(model)))[0] is model
+
+
+def test_a_head_in_a_shard_of_its_own_is_an_error(tmp_path):
+    """Of two ways to call fully_shard, the first leaves the head with the model, gathered while the model runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, inputs = build("blip")
+    wanted = hf.attach(model)(**inputs).loss.detach()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+        torch.testing.assert_close(fully_shard(whole, mesh=mesh)(**inputs).loss, wanted)
+        fully_shard(parts.text_decoder, mesh=mesh)
+        with pytest.raises(FastcapError, match=r"model must have its head gathered while it trains, got 'a DTensor'; call "):
+            fully_shard(parts, mesh=mesh)(**inputs)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Trainer -----------------------------------------------------------------------------------------------------------------
 
 
@@ -683,6 +831,58 @@ def test_a_trainer_evaluates_with_logits_checkpoints_and_saves(tmp_path):
     assert hf.detach(model).train()(**inputs).logits.shape[-1] == V
 
 
+def test_a_trainer_passes_token_weights_of_the_data_set_on(name, tmp_path):
+    """And asks for the same labels as before."""
+    model, _ = build(name)
+    own = trainer(model, tmp_path).label_names
+    its = trainer(hf.attach(model), tmp_path)
+    its._set_signature_columns_if_needed()
+    assert its.label_names == own and "token_weight" in its._signature_columns
+
+
+def test_a_trainers_step_weighs_tokens_by_a_column(tmp_path):
+    start, inputs = build("blip")
+    examples = [{**example, "token_weight": torch.rand(L)} for example in four_examples(inputs)]
+    whole = hf.attach(copy.deepcopy(start))
+    whole(**torch.utils.data.default_collate(examples)).loss.backward()
+    wanted = {key: p.detach() - 0.1 * p.grad for key, p in whole.named_parameters() if p.grad is not None}
+    model = hf.attach(copy.deepcopy(start))
+    trainer(model, tmp_path, train_dataset=examples, per_device_train_batch_size=4).train()
+    for key, parameter in wanted.items():
+        torch.testing.assert_close(model.get_parameter(key).detach(), parameter, rtol=1e-5, atol=1e-6)
+    plain = hf.attach(copy.deepcopy(start))
+    trainer(plain, tmp_path, train_dataset=four_examples(inputs), per_device_train_batch_size=4).train()
+    assert any(not torch.allclose(plain.get_parameter(key), parameter) for key, parameter in wanted.items())
+
+
+def test_a_model_that_a_trainer_has_trained_is_attached_once_it_is_unwrapped(tmp_path):
+    """Trainer with bf16 leaves a forward on the model, which would hide the attached one."""
+    pytest.importorskip("accelerate")
+    from accelerate.utils import extract_model_from_parallel
+
+    model, inputs = build("blip")
+    trainer(model, tmp_path, train_dataset=four_examples(inputs), bf16=True).train()
+    with pytest.raises(FastcapError, match=r"model must carry no forward of its own, .*keep_fp32_wrapper=False"):
+        hf.attach(model)
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert hf.attach(model)(**inputs).logits is None
+    assert hf.detach(model)(**inputs).logits is not None
+
+
+def test_a_model_that_a_trainer_has_trained_attached_is_attached_again(tmp_path):
+    pytest.importorskip("accelerate")
+    from accelerate.utils import extract_model_from_parallel
+
+    model, inputs = build("blip")
+    trainer(hf.attach(model), tmp_path, train_dataset=four_examples(inputs), bf16=True).train()
+    assert "forward" in model.__dict__ and model(**inputs).logits is None
+    assert hf.detach(model)(**inputs).logits is not None
+    assert hf.attach(model)(**inputs).logits is None
+    extract_model_from_parallel(model, keep_fp32_wrapper=False)
+    assert model(**inputs).logits is None
+    assert hf.attach(hf.detach(model))(**inputs).logits is None
+
+
 # LoRA --------------------------------------------------------------------------------------------------------------------
 
 
@@ -731,6 +931,16 @@ def test_a_head_with_lora_is_an_error():
     model = lora(model, target_modules="output")  # by its whole name
     with pytest.raises(FastcapError, match="model must have a plain linear head, got 'Linear'; leave the head out"):
         hf.attach(model)
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+def test_tokens_that_peft_trains_in_a_tied_head_are_an_error(attached):
+    model, inputs = build("vit_gpt2")
+    head = model.decoder.lm_head
+    assert head.weight is model.decoder.get_input_embeddings().weight
+    tokens = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": {"lm_head": [7, 8]}}
+    with pytest.raises(FastcapError, match="model must have a plain linear head, got 'TrainableTokensWrapper'; leave the "):
+        lora(hf.attach(model), **tokens)(**inputs) if attached == "before" else hf.attach(lora(model, **tokens))
 
 
 # The recipe --------------------------------------------------------------------------------------------------------------
@@ -809,6 +1019,16 @@ def test_an_unsupported_model_is_answered_with_a_recipe_that_works():
         ({"ignore_index": None}, r"ignore_index must be an int, got None; "),
         ({"grad_weight": "csr"}, r"grad_weight must be one of 'dense', .*, got 'csr'; "),
         ({"grad_weight": "sparse", "first_token": "full"}, r"grad_weight must .*, got 'sparse'; "),
+        (
+            {"objective": "mle", "grad_weight": "sparse"},
+            r"^fastcap\.hf\.attach: grad_weight must be .*; pass objective='smile' with first_token='subset'",
+        ),
+        (
+            {"objective": "smile+mle", "first_token": "subset", "grad_weight": "sparse"},
+            r"grad_weight must .*, got 'sparse'; ",
+        ),
+        ({"z_loss": -1}, r"^fastcap\.hf\.attach: z_loss must .*, got -1; "),
+        ({"objective": "mle", "mle_weight": 0.5}, r"mle_weight must be left out with objective 'mle', got 0\.5; "),
         ({"memory_budget": -1}, r"memory_budget must .*, got -1; "),
     ],
 )
@@ -827,11 +1047,64 @@ def test_what_is_no_model_is_an_error():
         hf.detach("blip")
 
 
-def test_labels_that_the_decoder_does_not_reach_are_an_error():
-    model, inputs = build("blip")
-    inputs["labels"] = F.pad(inputs["labels"], (0, 1), value=7)
-    with pytest.raises(FastcapError, match=r"labels must be \[B, T\] with a position .* \[3, 7\], got \[3, 8\]; "):
+@pytest.mark.parametrize("change", [-2, 1])
+def test_labels_that_are_not_as_long_as_the_text_are_an_error(name, change):
+    """transformers' BLIP-2 would take short ones for the last tokens of the text; attached, every family did."""
+    model, inputs = build(name)
+    text = "input_ids"
+    if name in SHIFTS_INPUTS:
+        text = "decoder_input_ids"
+        inputs[text] = inputs["labels"].clamp(min=0)
+    shape = list(inputs["labels"].shape)
+    inputs["labels"] = F.pad(inputs["labels"], (0, change), value=7)
+    rule = rf"labels must have the shape \[B, T\] of {text}, {re.escape(str(shape))}, got "
+    with pytest.raises(FastcapError, match=rule + re.escape(str([B, shape[1] + change])) + "; pad labels and "):
         hf.attach(model)(**inputs)
+
+
+def test_labels_of_another_length_than_the_logits_kept_are_an_error():
+    model, inputs = build("qwen2_5_vl")
+    with pytest.raises(FastcapError, match=r"labels must be \[B, T\] with a position .* \[3, 3\], got \[3, 11\]; "):
+        hf.attach(model)(**inputs, logits_to_keep=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.ones(L, dtype=torch.int64)}, r"labels must be a torch\.Tensor \[B, T\], got \[7\]; "),
+        ({"labels": [[7] * L] * B}, r"labels must be a torch\.Tensor \[B, T\], got 'list'; "),
+        ({"labels": torch.ones(2, L, dtype=torch.int64)}, r"labels must have the shape .*, \[3, 7\], got \[2, 7\]; "),
+        ({"shift_labels": torch.ones(B, 4, dtype=torch.int64)}, r"shift_labels must have the shape .*, got \[3, 4\]; "),
+        ({"token_weight": torch.ones(B)}, r"token_weight must be .* or \[B, 1\], got \[3\]; pass token_weight\[:, None\]"),
+        ({"token_weight": torch.ones(B, 5)}, r"token_weight must be .* = \[3, 7\] or \[B, 1\], got \[3, 5\]; "),
+        ({"token_weight": [1.0] * B}, r"token_weight must be .*, got 'list'; "),
+        ({"token_weight": 1.0}, r"token_weight must be .*, got 'float'; "),
+        ({"num_items_in_batch": torch.tensor([5, 5])}, r"num_items_in_batch must be one number, got \[2\]; "),
+        ({"num_items_in_batch": "5"}, r"num_items_in_batch must be one number, got 'str'; "),
+    ],
+)
+def test_a_call_with_wrong_labels_or_weights_is_an_error(change, message):
+    model, inputs = build("blip")
+    with pytest.raises(FastcapError, match=r"^fastcap\.hf\.attach: " + message):
+        hf.attach(model)(**(inputs | change))
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0), torch.tensor([[0]])], ids=str)
+def test_no_items_make_no_loss(items):
+    """All ignored, as Trainer counts them; DataParallel turns its number into [1, 1]."""
+    model, inputs = build("blip")
+    inputs["labels"].fill_(-100)
+    loss = hf.attach(model)(**inputs, num_items_in_batch=items).loss
+    assert loss == 0 and loss.shape == ()
+    assert all(not gradient.any() for gradient in gradients(model, loss).values())
+
+
+def test_a_text_model_that_is_not_tested_is_an_error():
+    """Gemma 2 caps its logits, which the loss would not."""
+    text = {**SMALL, "model_type": "gemma2", "vocab_size": V, "num_key_value_heads": 1, "head_dim": 8}
+    model, _ = _blip2(text)
+    with pytest.raises(FastcapError, match="model must have a text model of type 'opt', 't5', 'llama', got 'gemma2'; train"):
+        hf.attach(model)
 
 
 def test_gradients_in_place_are_refused_where_processes_must_average_them(monkeypatch):

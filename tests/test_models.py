@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -192,6 +193,42 @@ def test_a_saved_model_is_loaded_bit_for_bit_without_its_backbone(backbones, ima
     assert again.config == model.config and not again.training
     inputs = torch.randint(0, 20, (5, 4))
     assert torch.equal(again(images, inputs)[0], model.eval()(images, inputs)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, r"a whole model.json .* \(model.json names no model\)'; use an earlier checkpoint"),
+        ({"vocab_size": 21}, r"a model.json and the weights .* \(RuntimeError: .* size mismatch .*; use another checkpoint"),
+        ({"encoder": {"kind": "conv"}}, r"a model.json and the weights .* size mismatch .*; use another checkpoint"),
+        ({"embed_width": "wide"}, r"a model.json and the weights .* \(TypeError: .*; use another checkpoint, or the fast"),
+    ],
+)
+def test_a_model_that_its_weights_do_not_fit_is_not_loaded(tmp_path, changes, message):
+    models.save(_model(), tmp_path)
+    file = tmp_path / "model.json"
+    file.write_text("{}" if changes is None else json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(FastcapError, match=f"fastcap.models: folder must hold {message}"):
+        models.load(tmp_path)
+
+
+def test_weights_that_are_missing_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    models.save(_model(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["head.bias"]
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(FastcapError, match=r"folder must hold a model.json and the weights .* Missing key.*\"head.bias\""):
+        models.load(tmp_path)
+
+
+def test_a_backbone_without_transformers_is_one_error_with_a_remedy(backbones, tmp_path, monkeypatch):
+    models.save(_model(encoder=str(backbones / "vit")), tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for call in (lambda: models.load(tmp_path), lambda: _model(encoder="google/vit")):
+        with pytest.raises(FastcapError, match="fastcap.models: transformers must be installed, got .*; run: pip install"):
+            call()
 
 
 @pytest.mark.parametrize(

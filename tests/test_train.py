@@ -24,8 +24,8 @@ pytest.importorskip("PIL")
 from fastcap import data, models
 from fastcap import functional as F_cap
 from fastcap.errors import FastcapError
-from fastcap.train import OBJECTIVES, Captioner, TrainConfig, Trainer, checkpoint, train
-from fastcap.train.config import OBJECTIVE_NAMES
+from fastcap.objectives import OBJECTIVES
+from fastcap.train import Captioner, TrainConfig, Trainer, checkpoint, objectives, train
 from fastcap.train.objectives import make_loss
 from fastcap.train.recipes import SETTINGS, complete
 from fastcap.train.setup import learning_rate
@@ -103,7 +103,7 @@ def test_the_log_has_one_object_per_step(config):
         assert os.listdir(f"{config.out}/tensorboard")
 
 
-@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_objective_is_its_setting_of_the_subset_loss(config, objective):
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(3, 5, 8, generator=generator), torch.nn.Linear(8, 30)
@@ -119,7 +119,7 @@ def test_each_objective_is_its_setting_of_the_subset_loss(config, objective):
     assert set(expected) == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVE_NAMES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_accumulating_4_times_8_is_one_batch_of_32(scenes, tmp_path, objective):
     gradients = []
     for accumulate in (1, 4):
@@ -260,6 +260,39 @@ def test_a_checkpoint_is_complete_and_holds_no_pickle(config, tmp_path):
     assert captioner.tokenizer.vocab_size == result.tokenizer.vocab_size
 
 
+def _changed(name, change):
+    """Of a JSON file `name` in a folder."""
+
+    def apply(folder):
+        (folder / name).write_text(json.dumps(change(json.loads((folder / name).read_text()))))
+
+    return apply
+
+
+def _cut(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_changed("trainer.json", lambda state: {}), r"hold a whole trainer.json, .* \(it lacks step, .*; use an earlier"),
+        (_changed("trainer.json", lambda state: []), r"hold a whole trainer.json, .* \(it lacks everything\)'; use an"),
+        (_changed("trainer.json", lambda state: {**state, "config": 3}), r"hold a whole .* lacks settings in config\)"),
+        (_cut("trainer.json"), r"hold a whole trainer.json, got .*; use an earlier checkpoint"),
+        (
+            _changed("trainer.json", lambda state: {**state, "config": {**state["config"], "new_thing": 1}}),
+            r"have settings that this fastcap knows, got '.* \(new_thing\)'; use the newer fastcap that wrote it",
+        ),
+        (_cut("optimizer.safetensors"), "hold a whole optimizer.safetensors, got .*; use an earlier checkpoint, or start"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_not_resumed(config, spoil, message):
+    spoil(_quiet(_with(config, steps=1)).checkpoint)
+    with pytest.raises(FastcapError, match=f"fastcap.train: checkpoint must {message}"):
+        _quiet(_with(config, steps=1), resume=True)
+
+
 def test_only_the_newest_checkpoints_are_kept_and_last_points_to_one(config):
     config = _with(config, checkpoint_every=2, keep=2)
     result = _quiet(config)
@@ -313,7 +346,7 @@ def test_another_loss_can_stand_in(config):
 
 
 @pytest.mark.parametrize("own_loss", [False, True])
-def test_logits_are_built_for_a_loss_of_ones_own_and_for_no_other(config, own_loss):
+def test_the_head_runs_for_a_loss_of_ones_own_and_for_no_other(config, own_loss):
     loss_fn = (lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten())) if own_loss else None
     trainer = Trainer(_with(config, steps=2, validate_every=1, validate_batches=1), progress=False, loss_fn=loss_fn)
     calls = []
@@ -349,9 +382,51 @@ def test_a_configuration_from_before_blip_can_still_be_read(config):
     assert _quiet(config, resume=True).step == result.step
 
 
+def test_a_run_from_before_memory_budgets_goes_on_bit_for_bit(config):
+    whole = _quiet(config)
+    halted = _with(config, out=config.out + "-halted")
+    first = _quiet(halted, callbacks=[lambda trainer, record: trainer.stop() if record["step"] == 3 else None])
+    file = first.checkpoint / "trainer.json"
+    state = json.loads(file.read_text())
+    del state["config"]["memory_budget"]
+    state["config"]["mle_weight"] = 0.01  # then its default with every objective
+    file.write_text(json.dumps(state))
+    assert _equal(_weights(_quiet(halted, resume=True).model), _weights(whole.model))
+
+
+@pytest.mark.parametrize("objective", ["mle", "smile", "resmile"])
+def test_the_weight_of_mle_is_part_of_the_mixture_alone(config, objective):
+    with pytest.raises(FastcapError) as caught:
+        complete(_with(config, objective=objective, mle_weight=0.5))
+    assert str(caught.value) == (
+        f"fastcap.train: mle_weight must be 0 with objective {objective}, got 0.5; "
+        "leave it out, or pass --objective smile+mle"
+    )
+    assert complete(_with(config, objective=objective)).mle_weight is None
+    for given, ran in ((None, 0.01), (0.5, 0.5), (0, 0)):
+        assert complete(_with(config, objective="smile+mle", mle_weight=given)).mle_weight == ran
+
+
+def test_one_pass_validates_mle_and_two_any_other_objective(config, monkeypatch):
+    calls = []
+
+    def counted(*args, **options):
+        calls.append(options)
+        return F_cap.linear_subset_cross_entropy(*args, **options)
+
+    monkeypatch.setattr(objectives, "linear_subset_cross_entropy", counted)
+    config = _with(config, validate_every=1, validate_batches=1, memory_budget=0.5)
+    for changes, passes in (({}, 1), ({"label_smoothing": 0.1}, 2), ({"objective": "smile"}, 2)):
+        calls.clear()
+        trainer = Trainer(_with(config, **changes), progress=False)
+        losses = trainer.validate()
+        assert len(calls) == passes and all(options["memory_budget"] == 1 << 19 for options in calls)
+        assert (losses["val_loss"] == losses["val_mle"]) == (passes == 1)
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
 def test_a_setting_has_one_default_or_one_in_the_recipes(field):
-    usually_none = ("pretrained", "init_from")
+    usually_none = ("pretrained", "init_from", "mle_weight")
     assert (field.default is None) == (field.name in (*SETTINGS, *usually_none))
 
 
@@ -409,6 +484,8 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
     _quiet(config)
     with pytest.raises(FastcapError, match="lr must stay 0.002, as the run began, got 0.5; leave it out"):
         _quiet(_with(config, lr=0.5), resume=True)
+    with pytest.raises(FastcapError, match="memory_budget must stay 256.0, as the run began, got 0; leave it out"):
+        _quiet(_with(config, memory_budget=0), resume=True)
     data.write_scenes(tmp_path / "other", num_images=40, seed=1)
     with pytest.raises(FastcapError, match="data must hold the .* captions that the run began with"):
         _quiet(_with(config, data=str(tmp_path / "other")), resume=True)
@@ -428,6 +505,8 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
         ({"lr": -1.0}, "lr must be positive and finite, got -1.0; pass lr=0.002"),
         ({"lr": math.nan}, "lr must be positive and finite, got nan; pass lr=0.002"),
         ({"dropout": 1.0}, "dropout must be in [0, 1), got 1.0; pass a share such as dropout=0.1"),
+        ({"memory_budget": -1}, "memory_budget must be in [0, 1073741824] MB, got -1; pass memory_budget=256, or 0 for"),
+        ({"memory_budget": math.inf}, "memory_budget must be in [0, 1073741824] MB, got inf; pass memory_budget=256"),
         ({"accumulate": 17}, "accumulate must be at most batch_size=16, got 17; pass a smaller number"),
         ({"warmup": -1}, "warmup must be at least 0, got -1; pass warmup=0 or more"),
         ({"data": ""}, "data must not be empty, got ''; pass --data"),

@@ -44,6 +44,46 @@ def _without_prompt(target: Tensor, settings: Settings) -> Tensor:
     return target.masked_fill(valid.cumsum(1) <= settings.prompt_length, settings.ignore_index)
 
 
+def check_call(
+    kwargs: dict[str, Any], is_encoder_decoder: bool, labels: Any, shift_labels: Any, token_weight: Any, num_items: Any
+) -> None:
+    """What came beside the model's own inputs `kwargs`, before it runs: types, and shapes against the text's."""
+    names = ("decoder_input_ids", "decoder_inputs_embeds") if is_encoder_decoder else ("input_ids", "inputs_embeds")
+    texts = [(name, list(kwargs[name].shape[:2])) for name in names if isinstance(kwargs.get(name), Tensor)]
+    for name, value in (("labels", labels), ("shift_labels", shift_labels)):
+        if name == "shift_labels" and value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dim() != 2:
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise bad(OP, name, "be a torch.Tensor [B, T]", got, "pass ids, a row for each caption")
+        for text, shape in texts:
+            if list(value.shape) != shape:
+                # transformers' BLIP-2 would take them for the last tokens of the text.
+                remedy = f"pad {name} and {text} alike"
+                raise bad(OP, name, f"have the shape [B, T] of {text}, {shape}", list(value.shape), remedy)
+    if token_weight is not None:
+        B, T = (labels if shift_labels is None else shift_labels).shape
+        if not isinstance(token_weight, Tensor) or tuple(token_weight.shape) not in ((B, T), (B, 1)):
+            got = list(token_weight.shape) if isinstance(token_weight, Tensor) else type(token_weight).__name__
+            remedy = "pass token_weight[:, None] for one a caption"
+            raise bad(OP, "token_weight", f"be a torch.Tensor [B, T] = {[B, T]} or [B, 1]", got, remedy)
+    if num_items is not None:
+        single = num_items.numel() == 1 if isinstance(num_items, Tensor) else isinstance(num_items, (int, float))
+        if not single:
+            got = list(num_items.shape) if isinstance(num_items, Tensor) else type(num_items).__name__
+            raise bad(OP, "num_items_in_batch", "be one number", got, "pass how many labels are not ignored in the batch")
+
+
+def _check_placed(weight: Tensor) -> None:
+    """The loss reads the head's weight without the head's own forward, which hooks fetch it for."""
+    if type(weight).__name__ == "DTensor":
+        remedy = "call fully_shard on the model and on its layers, not on the head or a part that holds it"
+        raise bad(OP, "model", "have its head gathered while it trains", "a DTensor", remedy)
+    if weight.is_meta:
+        remedy = "keep the head out of the offload: give it a device in device_map"
+        raise bad(OP, "model", "have its head in memory while it trains", "an offloaded head", remedy)
+
+
 def caption_loss(
     model: nn.Module,
     settings: Settings,
@@ -56,14 +96,15 @@ def caption_loss(
     """The loss, a scalar.
 
     Args:
-        hidden: what the head was given, [B, S, H]; the last T positions are the labels'.
+        hidden: what the head was given, [B, S, H]; the last T positions are the labels', which `check_call` has seen.
         labels: [B, T]. Targets of a decoder-only model are `labels[:, 1:]`, of an encoder-decoder `labels`.
         shift_labels: [B, T], where given: targets that already stand where they are predicted.
         token_weight: [B, T], aligned with labels (shift_labels, if given), or [B, 1].
-        num_items_in_batch: if given, the sum over the tokens is divided by it, in place of their number here.
+        num_items_in_batch: if given, the sum over the tokens is divided by it, in place of their number here. 0 counts as 1.
     """
     head = settings.family.head(model)
     weight, bias = head.weight, head.bias
+    _check_placed(weight)
     options = dict(settings.options)
     if options["grad_weight"] == "accumulate" and _world_size() > 1:
         remedy = "pass grad_weight='dense': a gradient added in place is not averaged over processes"
@@ -90,13 +131,15 @@ def caption_loss(
     with _float32_loss(hidden):
         loss = F_cap.linear_subset_cross_entropy(
             hidden, weight, target, linear_bias=bias, token_weight=token_weight,
-            logit_softcap=settings.family.read(model, "softcap", None),
+            logit_softcap=settings.family.cap(model),
             reduction="mean" if num_items_in_batch is None else "sum", **options,
         )  # fmt: skip
     if num_items_in_batch is None:
         return loss
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
+        num_items_in_batch = num_items_in_batch.to(loss.device).reshape(()).clamp(min=1)  # DataParallel makes it [1, 1]
+    else:
+        num_items_in_batch = max(num_items_in_batch, 1)
     if settings.prompt_length:
         # Whoever counted the items saw the prompts among them: take as large a share off as there is here.
         before, after = ((t != settings.ignore_index).sum() for t in (counted, target))

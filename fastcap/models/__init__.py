@@ -2,8 +2,8 @@
 
 A model is an `nn.Module` made from one frozen dataclass of plain values. It offers
 `forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L] or None), `hidden_states(images, inputs)` -> [B, T, H]
-with the linear layer `head`, of which the training makes its loss without building logits, and `encode`, `start`, `step`
-for decoding (see `fastcap.models.decoding`). Adding a model is one file and one name in `MODELS`.
+with the linear layer `head`, with which the training fuses its loss, and `encode`, `start`, `step` for decoding (see
+`fastcap.models.decoding`). Adding a model is one file and one name in `MODELS`.
 """
 
 from .blip import Blip, BlipConfig, small_architecture

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastcap.data._checks import require
 from fastcap.errors import bad
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -149,29 +150,27 @@ def build_encoder(config: dict[str, Any] | str) -> nn.Module:
 
 
 def _pretrained(name: str) -> tuple[nn.Module, tuple[Sequence[float], Sequence[float]]]:
-    from transformers import AutoImageProcessor, AutoModel
-
+    transformers = require("transformers", "models")
     try:
-        model = AutoModel.from_pretrained(name)
+        model = transformers.AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
         remedy = f"check the name or folder ({str(error).strip().splitlines()[0]})"
         raise bad("models", "encoder", "be 'conv' or a transformers vision model", name, remedy) from error
     if getattr(model, "vision_model", model).main_input_name != "pixel_values":
         raise bad("models", "encoder", "be a vision model", name, "name one that takes pictures, e.g. a ViT or CLIP")
     try:
-        processor = AutoImageProcessor.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError):  # a folder without a processor's file, or no torchvision to load it
         return model, (IMAGENET_MEAN, IMAGENET_STD)
     return model, (processor.image_mean or IMAGENET_MEAN, processor.image_std or IMAGENET_STD)
 
 
 def _architecture(backbone: dict[str, Any] | None) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
-
     if not backbone:
         raise bad("models", "backbone", "describe an architecture", backbone, "pass a name, or config.to_dict()")
     options = dict(backbone)
-    return AutoModel.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
+    transformers = require("transformers", "models")
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(options.pop("model_type"), **options))
 
 
 def _pair(size: int | Sequence[int] | None) -> tuple[int, int] | None:

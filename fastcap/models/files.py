@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcap.errors import bad
+from fastcap.errors import FastcapError, bad
 
 from .blip import Blip
 from .show_attend_tell import ShowAttendTell
@@ -42,13 +42,20 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The model that `save` wrote, in evaluation mode."""
+    """The model that `save` wrote, in evaluation mode.
+
+    Raises:
+        FastcapError: a file is missing, cut short or foreign, weights are not those of the model that `model.json`
+            describes, or that model needs a package that is not installed.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
     try:
         config = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or "model" not in config:
+            raise ValueError("model.json names no model")
         weights = load_file(folder / "model.safetensors")
     except FileNotFoundError as error:
         rule = "hold model.json and model.safetensors"
@@ -56,10 +63,17 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     except (ValueError, SafetensorError) as error:
         rule = "hold a whole model.json and model.safetensors"
         raise bad("models", "folder", rule, f"{folder} ({error})", "use an earlier checkpoint") from error
-    model = build(config.pop("model"), **config)
-    first = _first_names(model)
-    tied = {name: weights[kept] for name, kept in first.items() if kept in weights and name != kept}
-    model.load_state_dict({**weights, **tied})
+    try:
+        model = build(config.pop("model"), **config)
+        first = _first_names(model)
+        tied = {name: weights[kept] for name, kept in first.items() if kept in weights and name != kept}
+        model.load_state_dict({**weights, **tied})
+    except FastcapError:
+        raise
+    except Exception as error:  # each library has its own for sizes that are missing, foreign or do not fit
+        why = f"{folder} ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        rule = "hold a model.json and the weights of the model that it describes"
+        raise bad("models", "folder", rule, why, "use another checkpoint, or the fastcap that wrote it") from error
     return model.to(device).eval()
 
 

@@ -168,10 +168,13 @@ def _load_model(name: str, folder: Path) -> nn.Module:
         )
     except Exception as error:  # OSError, ValueError, RuntimeError for other shapes, SafetensorError for a cut file
         raise _not_loaded(name, error) from error
-    if info["missing_keys"]:
-        got = f"{name}, which lacks {sorted(info['missing_keys'])[0]} and {len(info['missing_keys']) - 1} more"
-        remedy = f"pass a captioner, such as {STANDARD}"
-        raise bad("models", "pretrained", "hold the weights of BlipForConditionalGeneration", got, remedy)
+    # A model that answers questions has a captioner's weights too; its decoder reads the states of a text encoder.
+    others = [key for key in info["unexpected_keys"] if key.startswith("text_encoder.")]
+    for verb, keys in (("lacks", info["missing_keys"]), ("also has", others)):
+        if keys:
+            got = f"{name}, which {verb} {sorted(keys)[0]} and {len(keys) - 1} more"
+            remedy = f"pass a captioner, such as {STANDARD}"
+            raise bad("models", "pretrained", "hold the weights of BlipForConditionalGeneration", got, remedy)
     return blip
 
 

@@ -287,9 +287,9 @@ def linear_subset_cross_entropy(
 
         subset_cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)
 
-    but the logits [B, T, V] are not made. A token that chooses among few words multiplies with their rows of the head only,
-    and time and memory do not grow with V; tokens that need all (first tokens, `mle_weight`, "full", "reverse") share blocks
-    of logits within `memory_budget` bytes, one pass serving all parts of the loss.
+    but a token that chooses among few words multiplies with their rows of the head only: there are no logits [B, T, V], and
+    neither time nor memory grow with V. Tokens that need all words (first tokens, `mle_weight`, "full", "reverse") share
+    blocks of logits within `memory_budget` bytes, one pass serving all parts of the loss.
 
     Args:
         input: hidden states [B, T, H], float32, float64, float16 or bfloat16, any strides. [N, H] is one caption of N

@@ -10,17 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastcap.objectives import OBJECTIVES
+
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .captioner import Captioner
     from .loop import Trainer, TrainResult, train
-    from .objectives import OBJECTIVES
 
 __all__ = ["OBJECTIVES", "Captioner", "TrainConfig", "TrainResult", "Trainer", "train"]
 
 _WHERE = {
-    "OBJECTIVES": "objectives",
     "Captioner": "captioner",
     "TrainResult": "loop",
     "Trainer": "loop",

@@ -10,6 +10,7 @@ OUT/checkpoints/last                  the name of the newest
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -24,6 +25,8 @@ from fastcap import models
 from fastcap.errors import bad
 
 from .config import TrainConfig
+
+_STATE = ("step", "seconds", "last", "items", "scaler", "config", "random")  # what trainer.json holds
 
 
 def find(folder: str | Path) -> Path:
@@ -56,15 +59,24 @@ def to_resume(out: str | Path) -> Path:
 def read(checkpoint: Path) -> dict[str, Any]:
     """`trainer.json` of a checkpoint."""
     try:
-        return json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+        lacking = [name for name in _STATE if name not in state] if isinstance(state, dict) else ["everything"]
+        if lacking or not isinstance(state["config"], dict):
+            raise ValueError(f"it lacks {', '.join(lacking or ['settings in config'])}")
     except (OSError, ValueError) as error:
         rule = "hold a whole trainer.json"
         raise bad("train", "checkpoint", rule, f"{checkpoint} ({error})", "use an earlier checkpoint") from error
+    return state
 
 
 def read_config(checkpoint: Path) -> TrainConfig:
     """The configuration of the run that wrote a checkpoint."""
-    return TrainConfig(**read(checkpoint)["config"])
+    settings = read(checkpoint)["config"]
+    unknown = [name for name in settings if name not in {field.name for field in dataclasses.fields(TrainConfig)}]
+    if unknown:
+        rule, remedy = "have settings that this fastcap knows", "use the newer fastcap that wrote it"
+        raise bad("train", "checkpoint", rule, f"{checkpoint} ({', '.join(unknown)})", remedy)
+    return TrainConfig(**settings)
 
 
 def save(
@@ -106,9 +118,15 @@ def save(
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the saved tensors back into `optimizer`; its settings come from the configuration."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    saved = load_file(checkpoint / "optimizer.safetensors")
+    try:
+        saved = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        rule = "hold a whole optimizer.safetensors"
+        remedy = "use an earlier checkpoint, or start a new run with --init-from"
+        raise bad("train", "checkpoint", rule, f"{checkpoint} ({error})", remedy) from error
     for name, parameter in model.named_parameters():
         prefix = name + "/"
         for key in [key for key in saved if key.startswith(prefix)]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcap.errors import bad
+from fastcap.objectives import OBJECTIVES
 
-OBJECTIVE_NAMES = ("mle", "smile", "smile+mle", "resmile")  # described in objectives.py
 PRECISIONS = ("fp32", "bf16", "fp16")
 TOKENIZERS = ("words", "wordpiece")
+MOST_MEMORY = 2**30  # MB: a petabyte, and as bytes still an int64
 
 # What may change when a run is resumed: nothing here changes the weights that come out.
 # (`data` may have moved; that it is as large as it was is checked.)
@@ -52,7 +53,7 @@ class TrainConfig:
     data: str = _option("", "folder with a Karpathy-format dataset_*.json and its pictures", "Run")
     out: str = _option("", "folder of the run: checkpoints and logs", "Run")
     objective: str = _option("mle", "mle, smile, smile+mle or resmile", "Run")
-    mle_weight: float = _option(0.01, "share of MLE in smile+mle", "Run")
+    mle_weight: float | None = _option(None, "share of MLE in smile+mle, where it is 0.01 unless given", "Run")
     init_from: str | None = _option(None, "checkpoint or run whose model and tokenizer to start from", "Run")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", "Run")
     precision: str = _option("fp32", "fp32, bf16 or fp16 (GPU only)", "Run")
@@ -81,6 +82,7 @@ class TrainConfig:
     steps: int = _option(2000, "optimiser steps", "Optimiser")
     batch_size: int = _option(64, "captions a step", "Optimiser")
     accumulate: int = _option(1, "parts in which a step is computed: less memory, same result", "Optimiser")
+    memory_budget: float = _option(256.0, "MB of scratch for losses over the whole vocabulary", "Optimiser")
     lr: float | None = _option(None, "highest learning rate of AdamW", "Optimiser")
     warmup: int | None = _option(None, "steps of linear rise, before half a cosine", "Optimiser")
     weight_decay: float | None = _option(None, "of matrices, not of vectors", "Optimiser")
@@ -102,7 +104,7 @@ class TrainConfig:
                 kind_name = {int: "an integer", float: "a number"}.get(kinds[0], "a string")
                 raise bad("train", name, f"be {kind_name}", value, f"pass {kind_name}")
         self._one_of("model", tuple(MODELS))
-        self._one_of("objective", OBJECTIVE_NAMES)
+        self._one_of("objective", tuple(OBJECTIVES))
         self._one_of("precision", PRECISIONS)
         self._one_of("tokenizer", TOKENIZERS)
         for name in ("data", "out", "encoder", "device", "pretrained"):
@@ -123,6 +125,9 @@ class TrainConfig:
         for name in ("dropout", "mle_weight", "label_smoothing"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise bad("train", name, "be in [0, 1)", getattr(self, name), f"pass a share such as {name}=0.1")
+        if not 0 <= self.memory_budget <= MOST_MEMORY:
+            remedy = "pass memory_budget=256, or 0 for the smallest blocks"
+            raise bad("train", "memory_budget", f"be in [0, {MOST_MEMORY}] MB", self.memory_budget, remedy)
         if self.accumulate > self.batch_size:
             rule = f"be at most batch_size={self.batch_size}"
             raise bad("train", "accumulate", rule, self.accumulate, "pass a smaller number")

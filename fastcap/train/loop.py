@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fastcap.models.pretrained import STANDARD
 from . import checkpoint, setup
 from .config import TrainConfig
 from .logs import JsonLog, Progress, Record, TensorBoardLog
-from .objectives import LossFunction, make_loss, through_head
+from .objectives import LossFunction, make_loss
 from .recipes import NO_CHECKPOINT
 
 IGNORE = -100
@@ -66,7 +66,9 @@ def train(
         config: the run.
         resume: go on from the last checkpoint in `config.out`, whose configuration must be this one.
         loss_fn: in place of the objective's loss: `loss_fn(logits [B, T, V], target [B, T])` -> the mean over the
-            tokens that are not -100, a scalar. Without it the loss is formed through the model's head, and logits never are.
+            tokens that are not -100, a scalar. Without it the loss is fused with the model's head: SMILE makes no logits but
+            the first words' [B, V]; MLE, smile+mle and resmile keep the gradient of all [B * T, V] where it fits
+            `config.memory_budget`, else make them in blocks.
         callbacks: each is called after each step as `callback(trainer, record)`; `trainer.stop()` ends the run there,
             with a checkpoint.
         progress: write the progress to stderr.
@@ -109,7 +111,9 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         if loss_fn is None:
             self._read = self.model.hidden_states
-            self._loss, self._mle = make_loss(config, self.model.head), through_head(self.model.head, subset="full")
+            self._loss = self._mle = make_loss(config, self.model.head)
+            if config.objective != "mle" or config.label_smoothing:
+                self._mle = make_loss(replace(config, objective="mle", label_smoothing=0.0), self.model.head)
         else:
             self._read = lambda *inputs: self.model(*inputs)[0]
             self._loss, self._mle = loss_fn, _cross_entropy
@@ -177,9 +181,10 @@ class Trainer:
                 images, inputs, target, lengths = self._to_device(batch)
                 with self._autocast():
                     read = self._read(images, inputs, lengths)
-                    losses = self._loss(read, target), self._mle(read, target)
+                    loss = self._loss(read, target)
+                    mle = loss if self._mle is self._loss else self._mle(read, target)
                 count = (target != IGNORE).sum().item()
-                sums += torch.tensor([*(loss.item() * count for loss in losses), count], dtype=torch.float64)
+                sums += torch.tensor([loss.item() * count, mle.item() * count, count], dtype=torch.float64)
         val_loss, val_mle = (sums[:2] / sums[2]).tolist()
         return {"val_loss": val_loss, "val_mle": val_mle}
 

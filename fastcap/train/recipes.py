@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 from fastcap.errors import bad
+from fastcap.objectives import OBJECTIVES
 
 from .config import TrainConfig
 
@@ -64,7 +66,7 @@ def complete(config: TrainConfig) -> TrainConfig:
     """`config` with every setting that it leaves open filled in by its recipe.
 
     A `blip` for which no checkpoint was named starts from the standard one if it is in the local cache, else from none.
-    Label smoothing is MLE's: with another objective it is 0.
+    Label smoothing is MLE's: with another objective it is 0. The weight of MLE is smile+mle's: with another there is none.
 
     Raises:
         FastcapError: a setting was given that the model does not have, or the named checkpoint cannot be reached.
@@ -77,6 +79,9 @@ def complete(config: TrainConfig) -> TrainConfig:
         raise bad("train", "model", "be show-attend-tell where transformers is missing", "blip", INSTALL)
     elif pretrained is None:
         pretrained = _standard()
+    elif pretrained != NO_CHECKPOINT and _is_run(pretrained):
+        remedy = f"that is a run of fastcap: pass --init-from {pretrained}, without --model and --pretrained"
+        raise bad("train", "pretrained", "be a checkpoint of transformers", pretrained, remedy)
     row = row_of(config.model, pretrained)
     recipe, given = RECIPES[row], {name: value for name, value in config.to_dict().items() if value is not None}
     for name in SETTINGS:
@@ -87,9 +92,14 @@ def complete(config: TrainConfig) -> TrainConfig:
         remedy = "leave it out: a smoothed SMILE would reward every word of its caption in every place"
         rule = f"be 0 with objective {config.objective}"
         raise bad("train", "label_smoothing", rule, config.label_smoothing, remedy)
+    if config.mle_weight and config.objective != "smile+mle":
+        remedy = "leave it out, or pass --objective smile+mle"
+        raise bad("train", "mle_weight", f"be 0 with objective {config.objective}", config.mle_weight, remedy)
     filled = {name: value for name, value in recipe.items() if name not in given}
     if config.objective != "mle":
         filled["label_smoothing"] = 0.0
+    if config.objective == "smile+mle" and config.mle_weight is None:
+        filled["mle_weight"] = OBJECTIVES[config.objective]["mle_weight"]
     if filled.get("image_size") == AS_TRAINED:
         from fastcap.models.pretrained import image_size
 
@@ -111,6 +121,12 @@ def shown_default(name: str) -> str:
     if len(alike) == 1 and len(values) == len(RECIPES):
         return str(next(iter(alike)))
     return "; ".join(f"{', '.join(rows)}: {value}" for value, rows in alike.items())
+
+
+def _is_run(folder: str) -> bool:
+    from . import checkpoint
+
+    return checkpoint.last_of(folder) is not None or (Path(folder) / "trainer.json").is_file()
 
 
 def _standard() -> str:
