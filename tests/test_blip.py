@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -24,6 +23,7 @@ from fastcap import functional as F_cap
 from fastcap.errors import FastcapError
 from fastcap.models import pretrained
 from fastcap.objectives import OBJECTIVES
+from fastcap.testing import Allocations
 from fastcap.train import Captioner, TrainConfig, Trainer, checkpoint, train
 
 START, END, PAD, V = 1, 2, 0, 23
@@ -31,13 +31,7 @@ PROMPT = [5, 6, 5]
 WORDS = "a the of picture two red blue green circle square star small large and in on".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads only get in each other's way. Bitwise comparisons need one number of threads besides."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @torch.no_grad()
@@ -385,23 +379,6 @@ def test_each_objective_trains_without_running_the_head(config, objective):
     trainer.model.head.register_forward_hook(lambda *_: pytest.fail("the head was run"))
     result = trainer.run()
     assert result.val_mle > 0 and result.config.label_smoothing == (0.1 if objective == "mle" else 0.0)
-
-
-class Allocations(TorchDispatchMode):
-    """The largest storage that an operator returns, in bytes; inside our own operators too."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastcap":
-            with self:  # a mode is off while it handles an operator: on again, below the key that brought us here
-                output = function._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        else:
-            output = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return output
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("safetensors")
@@ -18,13 +17,7 @@ from fastcap import cli
 SMALL = "--steps 4 --width 16 --attention-width 8 --batch-size 8 --validate-every 4 --validate-batches 2".split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads only get in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

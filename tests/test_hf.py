@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -28,23 +27,18 @@ from fastcap import functional as F_cap
 from fastcap import hf
 from fastcap.errors import FastcapError
 from fastcap.hf.attach import _SETTINGS
+from fastcap.testing import Allocations
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+]
 
 V, H, B, L = 1009, 16, 3, 7
 IMAGE = V - 1  # the id that stands for a piece of the image
 SMALL = {"hidden_size": H, "intermediate_size": H, "num_hidden_layers": 1, "num_attention_heads": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 PICTURE = {**SMALL, "image_size": 8, "patch_size": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads only get in each other's way. Bitwise comparisons need one number of threads besides."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Models ------------------------------------------------------------------------------------------------------------------
@@ -386,23 +380,6 @@ def test_attached_and_detached_train_alike():
             losses[-1].append(float(loss.detach()))
     assert losses[0][-1] < 0.9 * losses[0][0]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=0)
-
-
-class Allocations(TorchDispatchMode):
-    """The largest storage that an operator returns, in bytes; inside our own operators too."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastcap":
-            with self:  # a mode is off while it handles an operator: on again, below the key that brought us here
-                output = function._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        else:
-            output = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return output
 
 
 def _largest_allocation(model, inputs):

@@ -15,13 +15,7 @@ from fastcap.models import BackboneEncoder, ConvEncoder, build_encoder
 TINY = {"vocab_size": 20, "embed_width": 24, "hidden_width": 16, "attention_width": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads only get in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

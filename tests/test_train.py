@@ -33,13 +33,7 @@ from fastcap.train.setup import learning_rate
 SMALL = {"width": 16, "attention_width": 8, "batch_size": 16, "steps": 8, "warmup": 2, "validate_every": 0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads only get in each other's way. Bitwise comparisons need one number of threads besides."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcap import functional
 from fastcap.ops import _backend
@@ -79,6 +80,23 @@ def evaluate(
         outputs, list(leaves.values()), [upstream(o) for o in outputs], retain_graph=retain_graph
     )
     return [o.detach() for o in outputs], list(gradients)
+
+
+class Allocations(TorchDispatchMode):
+    """The largest storage that an operator returns, in bytes; inside our own operators too."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastcap":
+            with self:  # a mode is off while it handles an operator: on again, below the key that brought us here
+                output = function._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        else:
+            output = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return output
 
 
 # How exact -------------------------------------------------------------------------------------------------------------
