@@ -22,6 +22,10 @@ INTERRUPTED = 130  # what shells expect after Ctrl-C
 def main() -> None:
     """The entry point: bad input is one line on stderr and status 2."""
     if typer is None:
+        if sys.argv[1:] == ["doctor"]:  # which says what is missing, and so must not need it
+            from fastcap.doctor import main as report
+
+            return report()
         print("fastcap: the command line needs more packages; run: pip install 'fastcap[train]'", file=sys.stderr)
         sys.exit(2)
     try:
@@ -181,7 +185,7 @@ def caption(
 
 
 def scenes(
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    out: Annotated[Path, typer.Option(help="folder to write; scenes that stand there are replaced")],
     num_images: Annotated[int, typer.Option(help="pictures; 80% to train on")] = 8000,
     seed: Annotated[int, typer.Option(help="the same seed makes the same data")] = 0,
 ) -> None:
@@ -192,7 +196,7 @@ def scenes(
 
 
 def emoji(
-    out: Annotated[Path, typer.Option(help="folder to write")],
+    out: Annotated[Path, typer.Option(help="folder to write; emoji that stand there are replaced")],
     size: Annotated[int, typer.Option(help="side of the pictures, in pixels")] = 48,
     font: Annotated[Path | None, typer.Option(help="a colour emoji font; found if not given")] = None,
     seed: Annotated[int, typer.Option(help="of the split into train, val and test")] = 0,

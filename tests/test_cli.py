@@ -188,6 +188,12 @@ def test_without_the_train_extra_the_command_says_how_to_get_it():
     assert done.stderr == "fastcap: the command line needs more packages; run: pip install 'fastcap[train]'\n"
 
 
+def test_without_the_train_extra_the_doctor_reports():
+    code = "import sys; sys.modules['typer'] = None; sys.argv = ['fastcap', 'doctor']; from fastcap.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "reference" in done.stdout and not done.stderr
+
+
 def test_help_imports_neither_transformers_nor_the_loop():
     code = (
         "import sys; sys.argv = ['fastcap', '--help']\nfrom fastcap.cli import main\n"

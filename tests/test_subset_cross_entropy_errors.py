@@ -364,3 +364,15 @@ def test_prepare_serves_every_operation_with_its_own_name():
             token_weight=None, ignore_index=-100, label_smoothing=0.0, logit_softcap=None, z_loss=0.0, num_random=10,
             seed=None, reduction="mean",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["input", "linear_weight"])
+def test_what_is_sparse_is_refused_by_name(name):
+    arguments = {"input": torch.zeros(1, 2, 3), "linear_weight": torch.zeros(4, 3)}
+    arguments[name] = arguments[name].to_sparse()
+    calls = [lambda: F_cap.linear_subset_cross_entropy(**arguments, target=torch.zeros(1, 2, dtype=torch.int64))]
+    if name == "input":
+        calls.append(lambda: F_cap.subset_cross_entropy(arguments["input"], torch.zeros(1, 2, dtype=torch.int64)))
+    for call in calls:
+        with pytest.raises(FastcapError, match=f"{name} must be dense, got torch.sparse_coo; call {name}.to_dense"):
+            call()

@@ -121,9 +121,9 @@ def backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-def _require(name: str, op: str) -> None:
+def _require(name: str, op: str, remedy: str = "pass backend('auto')") -> None:
     if name not in NAMES:
-        raise bad(op, "backend", f"be one of {', '.join(NAMES)}", name, "pass backend('auto')")
+        raise bad(op, "backend", f"be one of {', '.join(NAMES)}", name, remedy)
     if name != "auto":
         status = _status(name)
         if not status:
@@ -142,7 +142,7 @@ def _resolve(op: str, chosen: str | None, device: str) -> str:
             if _can_run(candidate, device):
                 return candidate
         return "reference"
-    _require(name, op)
+    _require(name, op, "pass backend('auto')" if chosen else "unset FASTCAP_BACKEND, or set it to auto")
     if not _can_run(name, device):
         where = "CPU" if name == "cpp" else "CUDA"
         raise BackendUnavailable(

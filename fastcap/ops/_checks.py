@@ -23,6 +23,11 @@ def check_dtype(op: str, name: str, tensor: torch.Tensor, dtypes: tuple[torch.dt
         raise bad(op, name, f"be {names}", str(tensor.dtype).removeprefix("torch."), remedy)
 
 
+def check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise bad(op, name, "be dense", tensor.layout, f"call {name}.to_dense()")
+
+
 def check_shape(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...], letters: str, remedy: str) -> None:
     if tuple(tensor.shape) != tuple(shape):
         raise bad(op, name, f"have shape {letters} = {list(shape)}", list(tensor.shape), remedy)

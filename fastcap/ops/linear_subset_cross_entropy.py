@@ -303,7 +303,7 @@ def linear_subset_cross_entropy(
         grad_weight: how the gradient of `linear_weight` comes.
             "dense": [V, H], as from torch.
             "sparse": a coalesced sparse tensor of the rows of the batch's words, for torch.optim.SparseAdam or SGD. Only
-            where no token uses the whole vocabulary.
+            where no token uses the whole vocabulary. Tied to an nn.Embedding, it is sparse if that has sparse=True.
             "accumulate": added in place into `linear_weight.main_grad` if the parameter carries one, else into
             `linear_weight.grad` (made of zeros if it is None); autograd itself gets none, and tensor hooks of the
             parameter see None. Keep `.grad` between steps: zero_grad(set_to_none=False), or zero the rows in use.
@@ -335,6 +335,7 @@ def linear_subset_cross_entropy(
     """
     _checks.check_tensor(OP, "input", input, "pass the hidden states before the head")
     _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the hidden states")
+    _checks.check_dense(OP, "input", input)
     flat = input.dim() == 2
     if flat:
         input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
@@ -374,8 +375,7 @@ def _check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     """Raises for a bad argument; returns the budget in bytes."""
     _checks.check_tensor(OP, "linear_weight", linear_weight, "pass the head's weight, head.weight")
     _checks.check_dtype(OP, "linear_weight", linear_weight, _checks.FLOATS, "convert the head")
-    if linear_weight.layout != torch.strided:
-        raise bad(OP, "linear_weight", "be dense", linear_weight.layout, "call linear_weight.to_dense()")
+    _checks.check_dense(OP, "linear_weight", linear_weight)
     if linear_weight.dim() != 2 or linear_weight.shape[0] < 1 or linear_weight.shape[1] != input.shape[2]:
         rule = f"have shape [V, H] with V >= 1 and H = {input.shape[2]}"
         raise bad(OP, "linear_weight", rule, list(linear_weight.shape), "pass head.weight, a row for each word")

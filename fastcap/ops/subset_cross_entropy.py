@@ -218,6 +218,7 @@ def subset_cross_entropy(
     """
     _checks.check_tensor(OP, "input", input, "pass the logits")
     _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the logits")
+    _checks.check_dense(OP, "input", input)
     flat = input.dim() == 2
     if flat:
         input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
