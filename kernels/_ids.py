@@ -21,7 +21,7 @@ def without_repeats(ids: Tensor, pad: int) -> Tensor:
 
 
 def repeats_as_pads(ids: Tensor, pad: int) -> Tensor:
-    """`ids` [B, 1, K] with every repeat replaced by `pad`, in their places; unchanged up to MAX_PAIRED_IDS."""
+    """`ids` [B or 1, T or 1, K] with every repeat replaced by `pad`, in their places; unchanged up to MAX_PAIRED_IDS."""
     if ids.shape[2] <= MAX_PAIRED_IDS:
         return ids
     values, order = ids.sort(dim=-1, stable=True)

@@ -129,6 +129,18 @@ def dense_gradient(
 
 
 @triton.jit
+def _load_scores(
+    p_scores, score_stride, bias_ptr, ids, o_k, m_k, CAP: tl.constexpr, GATHER: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """A block of a token's candidates' logits, with bias and cap."""
+    place = ids if GATHER else o_k
+    z = tl.load(p_scores + place * score_stride, mask=m_k, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + ids, mask=m_k, other=0.0)
+    return softcap(z, CAP)
+
+
+@triton.jit
 def set_part(
     p_scores, score_stride, bias_ptr, p_ids, ids_strides, weight_ptr, p_cols, p_dset,
     V, K, y, z_y, w_y, wanted, of_rest, scale, own, smoothing, z_loss,
@@ -153,11 +165,7 @@ def set_part(
         bad = m_k & ((ids < 0) | (ids >= V))
         scale = tl.where(tl.sum(bad.to(tl.int32), 0) > 0, float("nan"), scale).to(ACC)
         m_k &= (ids >= 0) & (ids < V)
-        place = ids if GATHER else o_k
-        z = tl.load(p_scores + place * score_stride, mask=m_k, other=0.0).to(ACC)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + ids, mask=m_k, other=0.0)
-        z = softcap(z, CAP)
+        z = _load_scores(p_scores, score_stride, bias_ptr, ids, o_k, m_k, CAP, GATHER, ACC)
         m_s, s_s = merge(m_s, s_s, tl.where(m_k, z, float("-inf")))
         n += tl.sum(m_k.to(ACC), 0)
         if SMOOTH:
@@ -187,11 +195,7 @@ def set_part(
             o_k = start + tl.arange(0, BLOCK_K)
             ids, m_k = load_ids(p_ids, ids_strides, start, limit, y, IDS_PAD, UNIQUE, BLOCK_K)
             m_k &= (ids >= 0) & (ids < V)
-            place = ids if GATHER else o_k
-            z = tl.load(p_scores + place * score_stride, mask=m_k, other=0.0).to(ACC)
-            if bias_ptr is not None:
-                z += tl.load(bias_ptr + ids, mask=m_k, other=0.0)
-            z = softcap(z, CAP)
+            z = _load_scores(p_scores, score_stride, bias_ptr, ids, o_k, m_k, CAP, GATHER, ACC)
             dz = a * tl.exp(z - lse)
             if SMOOTH:
                 if weight_ptr is None:

@@ -1,6 +1,6 @@
 """The matrix products of a loss fused with its head, and the plans between which they choose.
 
-A token whose candidates are few multiplies its hidden state with their rows of the head, gathered (`_set_*`). A token that
+A token whose candidates are few multiplies its hidden state with their rows of the head, gathered (`set_*`). A token that
 needs all V logits is a dense row; n of them go through one of three plans, each a loop over products with a row kernel
 between them (`kernels`, the C++ or Triton functions of csrc/linear_subset_cross_entropy):
 

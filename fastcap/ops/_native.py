@@ -97,7 +97,6 @@ class LinearKernels:
 
     def find_rows(self, rows: Tensor, inv_denom: Tensor) -> Tensor:
         """Checks the labels; writes `rows` and `inv_denom`; returns those rows that there are."""
-        self._acc = inv_denom.dtype
         n = self._c.linear_subset_cross_entropy_tokens_cpu(self._tokens, _or_none(rows), inv_denom, self._options)
         return rows[:n]
 
