@@ -1,6 +1,9 @@
 // fastcap._C: one line per operation and device.
 #include <pybind11/pybind11.h>
 
+#include "additive_attention/additive_attention.h"
+#include "attention_coverage/attention_coverage.h"
+#include "attention_coverage_from_scores/attention_coverage_from_scores.h"
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/tensor_caster.h"
@@ -109,8 +112,88 @@ PYBIND11_MODULE(_C, m) {
         [](Tensor tensor) { fastcap::advise_huge_pages(tensor.data, tensor.numel() * fastcap::item_size(tensor.dtype)); });
   m.def("subset_cross_entropy_fwd_cpu", &subset_cross_entropy_fwd_cpu);
   m.def("subset_cross_entropy_bwd_cpu", &subset_cross_entropy_bwd_cpu);
+  using fastcap::CoverageReduction;
+  m.def(
+      "attention_coverage_fwd_cpu",
+      [](Tensor alpha, Tensor valid, Tensor tau, Tensor out, Tensor residual, double target, int reduction, int threads) {
+        const auto how = static_cast<CoverageReduction>(reduction);
+        fastcap::attention_coverage_fwd_cpu({alpha, valid, tau, out, residual, Tensor{}, target, how}, threads);
+      },
+      release);
+  m.def(
+      "attention_coverage_bwd_cpu",
+      [](Tensor grad_out, Tensor residual, Tensor valid, Tensor dalpha, int reduction, int threads) {
+        const auto how = static_cast<CoverageReduction>(reduction);
+        fastcap::attention_coverage_bwd_cpu({grad_out, residual, valid, dalpha, how}, threads);
+      },
+      release);
+  m.def(
+      "attention_coverage_from_scores_rows_fwd_cpu",
+      [](Tensor scores, Tensor key_mask, Tensor valid, Tensor lse, Tensor sums, bool add, int threads) {
+        fastcap::attention_coverage_from_scores_rows_fwd_cpu({scores, key_mask, valid, lse, sums, add}, threads);
+      },
+      release);
+  m.def(
+      "attention_coverage_from_scores_rows_bwd_cpu",
+      [](Tensor scores, Tensor key_mask, Tensor valid, Tensor lse, Tensor residual, Tensor grad_out, double coefficient,
+         int threads) {
+        fastcap::attention_coverage_from_scores_rows_bwd_cpu({scores, key_mask, valid, lse, residual, grad_out, coefficient},
+                                                             threads);
+      },
+      release);
+  using fastcap::Activation;
+  m.def(
+      "additive_attention_weights_fwd_cpu",
+      [](Tensor keys, Tensor query, Tensor v, Tensor mask, Tensor alpha, bool relu, int threads) {
+        fastcap::additive_attention_weights_fwd_cpu({keys, query, v, mask, alpha}, static_cast<Activation>(relu), threads);
+      },
+      release);
+  m.def(
+      "additive_attention_weights_bwd_cpu",
+      [](Tensor dalpha, Tensor alpha, Tensor keys, Tensor query, Tensor v, Tensor dscore, Tensor dquery, Tensor dv,
+         Tensor dkeys, bool relu, int threads) {
+        fastcap::additive_attention_weights_bwd_cpu({dalpha, alpha, keys, query, v, dscore, dquery, dv, dkeys},
+                                                    static_cast<Activation>(relu), threads);
+      },
+      release);
+  m.def(
+      "additive_attention_context_fwd_cpu",
+      [](Tensor weights, Tensor values, Tensor context, int threads) {
+        fastcap::additive_attention_context_fwd_cpu({weights, values, context}, threads);
+      },
+      release);
+  m.def(
+      "additive_attention_context_bwd_cpu",
+      [](Tensor dcontext, Tensor weights, Tensor values, Tensor dweights, Tensor dvalues, int threads) {
+        fastcap::additive_attention_context_bwd_cpu({dcontext, weights, values, dweights, dvalues}, threads);
+      },
+      release);
+  m.def(
+      "additive_attention_memory_bwd_cpu",
+      [](Tensor dscores, Tensor queries, Tensor keys, Tensor v, Tensor dv, Tensor dkeys, bool relu, int threads) {
+        fastcap::additive_attention_memory_bwd_cpu({dscores, queries, keys, v, dv, dkeys}, static_cast<Activation>(relu),
+                                                   threads);
+      },
+      release);
 #if defined(FASTCAP_WITH_CUDA)
   m.def("subset_cross_entropy_fwd_cuda", &subset_cross_entropy_fwd_cuda);
   m.def("subset_cross_entropy_bwd_cuda", &subset_cross_entropy_bwd_cuda);
+  m.def("attention_coverage_blocks_cuda", &fastcap::attention_coverage_blocks_cuda, release);
+  m.def(
+      "attention_coverage_fwd_cuda",
+      [](Tensor alpha, Tensor valid, Tensor tau, Tensor out, Tensor residual, Tensor scratch, double target, int reduction,
+         uintptr_t stream) {
+        const auto how = static_cast<CoverageReduction>(reduction);
+        fastcap::attention_coverage_fwd_cuda({alpha, valid, tau, out, residual, scratch, target, how},
+                                             reinterpret_cast<void*>(stream));
+      },
+      release);
+  m.def(
+      "attention_coverage_bwd_cuda",
+      [](Tensor grad_out, Tensor residual, Tensor valid, Tensor dalpha, int reduction, uintptr_t stream) {
+        const auto how = static_cast<CoverageReduction>(reduction);
+        fastcap::attention_coverage_bwd_cuda({grad_out, residual, valid, dalpha, how}, reinterpret_cast<void*>(stream));
+      },
+      release);
 #endif
 }

@@ -1,6 +1,17 @@
 """The operations, as functions. `from fastcap import functional as F_cap`."""
 
+from fastcap.ops.additive_attention import additive_attention, additive_attention_steps
+from fastcap.ops.attention_coverage import attention_coverage, convert_coverage_weight
+from fastcap.ops.attention_coverage_from_scores import attention_coverage_from_scores
 from fastcap.ops.linear_subset_cross_entropy import linear_subset_cross_entropy
 from fastcap.ops.subset_cross_entropy import subset_cross_entropy
 
-__all__ = ["linear_subset_cross_entropy", "subset_cross_entropy"]
+__all__ = [
+    "additive_attention",
+    "additive_attention_steps",
+    "attention_coverage",
+    "attention_coverage_from_scores",
+    "convert_coverage_weight",
+    "linear_subset_cross_entropy",
+    "subset_cross_entropy",
+]

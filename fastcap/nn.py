@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 
 from fastcap import functional as F
 
@@ -103,3 +103,81 @@ class LinearSubsetCrossEntropyLoss(_SubsetLoss):
     ) -> Tensor:
         arguments = self._arguments(token_weight)
         return F.linear_subset_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **arguments)
+
+
+class AdditiveAttention(Module):
+    """The soft attention of Show, Attend and Tell: `fastcap.functional.additive_attention` with its projections.
+
+    Args:
+        value_width: D, of the annotations.
+        query_width: H, of the decoder's state.
+        attention_width: A, of the hidden layer between them.
+        activation: "tanh" (original) or "relu" (the widely used PyTorch tutorial).
+
+    `forward(values, state, mask=None, *, keys=None, alpha=None)`: values [B, L, D], state [B, H], mask [B, L] -> (context
+    [B, D], alpha [B, L]). The projection of the annotations does not change while a caption is decoded: pass
+    `keys=attention.keys(values)`. To train on whole captions, `attend = attention.steps(values, steps=T)` and then
+    `attend(attention.query(state))` at each word: see `fastcap.functional.additive_attention_steps`.
+
+    >>> import torch
+    >>> attention = AdditiveAttention(value_width=512, query_width=256, attention_width=128)
+    >>> context, alpha = attention(torch.randn(2, 196, 512), torch.randn(2, 256))
+    """
+
+    def __init__(self, value_width: int, query_width: int, attention_width: int, *, activation: str = "tanh") -> None:
+        super().__init__()
+        self.keys = Linear(value_width, attention_width)
+        self.query = Linear(query_width, attention_width, bias=False)  # the bias is in keys
+        self.score = Linear(attention_width, 1, bias=False)  # the softmax cancels a bias
+        self.activation = activation
+
+    def forward(
+        self,
+        values: Tensor,
+        state: Tensor,
+        mask: Tensor | None = None,
+        *,
+        keys: Tensor | None = None,
+        alpha: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        keys = self.keys(values) if keys is None else keys
+        v = self.score.weight[0]
+        return F.additive_attention(keys, self.query(state), v, values, activation=self.activation, mask=mask, alpha=alpha)
+
+    def steps(self, values: Tensor, *, steps: int, mask: Tensor | None = None):
+        """`additive_attention_steps` over `values`, for at most `steps` calls with queries."""
+        keys, v = self.keys(values), self.score.weight[0]
+        return F.additive_attention_steps(keys, v, values, steps=steps, activation=self.activation, mask=mask)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+class AttentionCoverage(Module):
+    """`fastcap.functional.attention_coverage` with its options kept: Show, Attend and Tell's penalty on attention.
+
+    Args:
+        target: what a location's attention should sum to: 1.0, "length" for T_b / L, any finite number, or a tensor [B].
+        reduction: "mean", "batchmean", "sum" or "none".
+
+    `forward(alpha, lengths=None, mask=None)`: alpha [B, T, L] or [B, heads, T, L]; lengths [B] or mask [B, T], True where a
+    step counts.
+
+    >>> import torch
+    >>> coverage = AttentionCoverage(target="length")
+    >>> loss = 1.0 * coverage(torch.rand(2, 5, 9).softmax(-1), lengths=[5, 3])
+    """
+
+    def __init__(self, *, target: float | str | Tensor = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        self.target = None if isinstance(target, Tensor) else target
+        self.register_buffer("target_sums", target if isinstance(target, Tensor) else None)
+        self.reduction = reduction
+
+    def forward(self, alpha: Tensor, lengths: Tensor | list[int] | None = None, mask: Tensor | None = None) -> Tensor:
+        target = self.target_sums if self.target is None else self.target
+        return F.attention_coverage(alpha, lengths=lengths, mask=mask, target=target, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        target = f"tensor {list(self.target_sums.shape)}" if self.target is None else repr(self.target)
+        return f"target={target}, reduction={self.reduction!r}"

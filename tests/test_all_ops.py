@@ -45,6 +45,10 @@ def on_backends_that_it_has(request):
         pytest.skip(f"{given['name']} has no backend {backend}")
 
 
+def results_of(output):
+    return [output] if isinstance(output, torch.Tensor) else list(output)
+
+
 @contextlib.contextmanager
 def poisoned_memory():
     """Fresh tensors hold NaN, and integers their largest value: what a kernel forgets to write shows."""
@@ -186,9 +190,9 @@ def test_an_expanded_input_gets_the_gradient_of_its_copies(name, target):
     row = arguments[x][:1].clone().requires_grad_()
     copies = row.detach().expand_as(arguments[x]).clone().requires_grad_()
     with fastcap.backend(target.backend):
-        expanded = operation.function(**{**arguments, x: row.expand_as(arguments[x])})
-        copied = operation.function(**{**arguments, x: copies})
-    torch.autograd.backward([expanded, copied], [upstream(expanded), upstream(copied)])
+        expanded = results_of(operation.function(**{**arguments, x: row.expand_as(arguments[x])}))
+        copied = results_of(operation.function(**{**arguments, x: copies}))
+    torch.autograd.backward([*expanded, *copied], [upstream(result) for result in (*expanded, *copied)])
     torch.testing.assert_close(expanded, copied)
     torch.testing.assert_close(row.grad, copies.grad.sum(0, keepdim=True))
 
@@ -266,7 +270,7 @@ def test_inference_needs_no_gradient(name, target):
                 **{**arguments, operation.inputs[0]: arguments[operation.inputs[0]].clone().requires_grad_()}
             )
     for result in (plain, inferred, silent):
-        result = [result] if isinstance(result, torch.Tensor) else list(result)
+        result = results_of(result)
         assert not any(r.requires_grad for r in result)
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
@@ -284,7 +288,7 @@ def test_forward_and_backward_never_wait_for_the_gpu(name, case, gpu):
         leaves = {i: arguments[i].detach().requires_grad_() for i in operation.given(arguments)}
         with fastcap.backend(gpu.backend):
             outputs = operation.function(**{**arguments, **leaves})
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        outputs = results_of(outputs)
         gradients = torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(o) for o in outputs])
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -302,7 +306,7 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(name, case, gpu):
     def step():
         with fastcap.backend(gpu.backend):
             outputs = operation.function(**{**arguments, **leaves})
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        outputs = results_of(outputs)
         return outputs, torch.autograd.grad(outputs, list(leaves.values()), upstreams)
 
     side = torch.cuda.Stream()

@@ -14,6 +14,7 @@ import fastcap
 from fastcap import functional as F_cap
 from fastcap.errors import BackendUnavailable, FastcapError
 from fastcap.ops import _backend
+from fastcap.testing import OPERATIONS
 
 NAMES = {"reference", "cpp", "triton", "cuda"}
 
@@ -227,3 +228,29 @@ def test_triton_runs_on_the_cpu_only_in_its_interpreter(cpp):
         assert result.returncode == 0, result.stderr
         expected = expected or ("True compiled" if torch.cuda.is_available() else "False torch sees no CUDA GPU")
         assert result.stdout.startswith(expected)
+
+
+def test_an_operation_without_cuda_sources_never_takes_that_backend(monkeypatch):
+    """On a GPU without triton, where fastcap._C has CUDA kernels of other operations."""
+    monkeypatch.setattr(_backend, "_status", lambda name: _backend.Status(name != "triton", "as this test says"))
+    assert _backend.select("additive_attention", "cuda", _backend.NO_CUDA) == "reference"
+    assert _backend.select("subset_cross_entropy", "cuda") == "cuda"
+    with (
+        fastcap.backend("cuda"),
+        pytest.raises(BackendUnavailable, match=r"fastcap\.additive_attention: backend must be one "),
+    ):
+        _backend.select("additive_attention", "cuda", _backend.NO_CUDA)
+
+
+def test_the_registry_says_which_backends_an_operation_has(monkeypatch):
+    """What the contract's tests leave out is what the operation itself refuses."""
+    monkeypatch.setattr(_backend, "_status", lambda name: _backend.Status(True, "as this test says"))
+    for name, operation in OPERATIONS.items():
+        if "cuda" in operation.backends:
+            continue
+        arguments = operation.cases()[0].arguments
+        with (
+            fastcap.backend("cuda"),
+            pytest.raises(BackendUnavailable, match=f"{operation.stem or name}: backend must be one"),
+        ):
+            operation.function(**arguments)

@@ -37,9 +37,9 @@ def test_the_tests_marked_interpreter_pass_in_their_process():
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
     # -m puts the working directory on sys.path: not the root, where our kernels/ lies
-    files = [
-        HERE / name for name in ("test_all_ops.py", "test_kernels_interpreter.py", *map("test_{}.py".format, OPERATIONS))
-    ]
+    stems = dict.fromkeys(operation.stem or name for name, operation in OPERATIONS.items())
+    stems = ("all_ops", "kernels_interpreter", "show_attend_tell", *stems)
+    files = [HERE / f"test_{stem}.py" for stem in stems]
     result = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, cwd=HERE, env=environment)
     if result.returncode != 0:
         pytest.fail(f"in the interpreter's process:\n{result.stdout[-20_000:]}\n{result.stderr[-2000:]}", pytrace=False)

@@ -14,15 +14,25 @@ struct type_caster<fastcap::Tensor> {
 
   bool load(handle source, bool) {
     if (source.is_none()) return true;
-    object shape = source.attr("shape"), stride = source.attr("stride")(), dtype = source.attr("dtype");
-    const auto ndim = len(shape);
-    if (ndim > fastcap::kMaxDims || !find_dtype(dtype, value.dtype)) return false;
+    static PyObject *kShape = PyUnicode_InternFromString("shape"), *kStride = PyUnicode_InternFromString("stride"),
+                    *kDtype = PyUnicode_InternFromString("dtype"), *kData = PyUnicode_InternFromString("data_ptr");
+    const auto take = [](PyObject* got) {
+      if (!got) throw error_already_set();
+      return reinterpret_steal<object>(got);
+    };
+    object shape = take(PyObject_GetAttr(source.ptr(), kShape)), dtype = take(PyObject_GetAttr(source.ptr(), kDtype));
+    object stride = take(PyObject_CallMethodNoArgs(source.ptr(), kStride));
+    if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) return false;
+    const auto ndim = PyTuple_GET_SIZE(shape.ptr());
+    if (ndim > fastcap::kMaxDims || PyTuple_GET_SIZE(stride.ptr()) != ndim || !find_dtype(dtype, value.dtype)) return false;
     value.ndim = static_cast<int>(ndim);
     for (int i = 0; i < value.ndim; ++i) {
-      value.sizes[i] = shape[int_(i)].cast<int64_t>();
-      value.strides[i] = stride[int_(i)].cast<int64_t>();
+      value.sizes[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+      value.strides[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
     }
-    value.data = reinterpret_cast<void*>(source.attr("data_ptr")().cast<uintptr_t>());
+    if (PyErr_Occurred()) throw error_already_set();
+    value.data = PyLong_AsVoidPtr(take(PyObject_CallMethodNoArgs(source.ptr(), kData)).ptr());
+    if (PyErr_Occurred()) throw error_already_set();
     return true;
   }
 

@@ -21,6 +21,7 @@ import torch
 from fastcap.errors import BackendUnavailable, FastcapError, bad
 
 NAMES = ("auto", "reference", "cpp", "triton", "cuda")
+NO_CUDA = ("reference", "cpp", "triton")  # the backends of operations without CUDA sources: decision 8
 
 # What `auto` tries, by device. The CPU's order is measured (benchmarks/results); on a GPU Triton goes first until measured.
 AUTO = {"cpu": ("cpp", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -130,19 +131,26 @@ def _require(name: str, op: str, remedy: str = "pass backend('auto')") -> None:
             raise BackendUnavailable(f"fastcap.{op}: backend must be able to run here, got {name!r}; {status.reason}")
 
 
-def select(op: str, device: str) -> str:
-    """The backend that runs `op` on tensors of a device type: the one chosen by name, else the first of AUTO that can."""
-    return _resolve(op, _chosen, device)
+def select(op: str, device: str, has: tuple[str, ...] = NAMES[1:]) -> str:
+    """The backend that runs `op` on tensors of a device type: the one chosen by name, else the first of AUTO that can.
+
+    has: the backends that the operation has.
+    """
+    return _resolve(op, _chosen, device, has)
 
 
-def _resolve(op: str, chosen: str | None, device: str) -> str:
+def _resolve(op: str, chosen: str | None, device: str, has: tuple[str, ...]) -> str:
     name = chosen or os.environ.get("FASTCAP_BACKEND") or "auto"
     if name == "auto":
         for candidate in AUTO.get(device, ()):
-            if _can_run(candidate, device):
+            if candidate in has and _can_run(candidate, device):
                 return candidate
         return "reference"
-    _require(name, op, "pass backend('auto')" if chosen else "unset FASTCAP_BACKEND, or set it to auto")
+    remedy = "pass backend('auto')" if chosen else "unset FASTCAP_BACKEND, or set it to auto"
+    _require(name, op, remedy)
+    if name not in has:
+        rule = f"be one that this operation has ({', '.join(has)})"
+        raise BackendUnavailable(f"fastcap.{op}: backend must {rule}, got {name!r}; {remedy}")
     if not _can_run(name, device):
         where = "CPU" if name == "cpp" else "CUDA"
         raise BackendUnavailable(

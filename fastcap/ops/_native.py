@@ -13,6 +13,7 @@ from fastcap.ops._subset import Options
 
 _KINDS = {"set": 0, "reverse": 1, "full": 2}
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_COVERAGE_REDUCTIONS = {"none": 0, "mean": 1, "batchmean": 2, "sum": 3}
 
 
 def _subset_options(options: Options):
@@ -22,6 +23,18 @@ def _subset_options(options: Options):
     fields = options._asdict()
     fields.update(subset=_KINDS[fields.pop("kind")], reduction=_REDUCTIONS[options.reduction])
     return _backend.extension().SubsetOptions(**fields)
+
+
+def _coverage_reduction(reduction: str) -> int:
+    if reduction not in _COVERAGE_REDUCTIONS:
+        known = ", ".join(_COVERAGE_REDUCTIONS)
+        raise bad("attention_coverage", "reduction", f"be one of {known}", reduction, "call the public function")
+    return _COVERAGE_REDUCTIONS[reduction]
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    """The same memory, as csrc reads truth values."""
+    return None if mask is None else mask.view(torch.uint8)
 
 
 def _or_none(tensor: Tensor | None) -> Tensor | None:
@@ -43,6 +56,63 @@ class CPU:
             grad_out, inv_denom, input, target, ids, weight, _or_none(stats), _or_none(cols), _or_none(dset), dinput,
             _subset_options(options), torch.get_num_threads(),
         )  # fmt: skip
+
+    @staticmethod
+    def attention_coverage_fwd(alpha, valid, tau, out, residual, target, reduction):
+        _backend.extension().attention_coverage_fwd_cpu(
+            alpha, _as_bytes(valid), tau, out, _or_none(residual), target, _coverage_reduction(reduction),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    @staticmethod
+    def attention_coverage_bwd(grad_out, residual, valid, dalpha, reduction):
+        if dalpha.numel() == 0:
+            return
+        _backend.extension().attention_coverage_bwd_cpu(
+            grad_out, residual, _as_bytes(valid), dalpha, _coverage_reduction(reduction), torch.get_num_threads()
+        )
+
+    @staticmethod
+    def attention_coverage_from_scores_rows_fwd(scores, key_mask, valid, lse, sums, add):
+        _backend.extension().attention_coverage_from_scores_rows_fwd_cpu(
+            scores, _as_bytes(key_mask), _as_bytes(valid), lse, sums, add, torch.get_num_threads()
+        )
+
+    @staticmethod
+    def attention_coverage_from_scores_rows_bwd(scores, key_mask, valid, lse, residual, grad_out, coefficient):
+        _backend.extension().attention_coverage_from_scores_rows_bwd_cpu(
+            scores, _as_bytes(key_mask), _as_bytes(valid), lse, residual, grad_out, coefficient, torch.get_num_threads()
+        )
+
+    @staticmethod
+    def additive_attention_weights_fwd(keys, query, v, mask, activation, alpha):
+        mask = None if mask is None else mask.view(torch.uint8).contiguous()
+        _backend.extension().additive_attention_weights_fwd_cpu(
+            keys, query, v, mask, alpha, activation == "relu", torch.get_num_threads()
+        )
+
+    @staticmethod
+    def additive_attention_weights_bwd(dalpha, alpha, keys, query, v, activation, need_keys, dscore, dquery, dv, dkeys):
+        _backend.extension().additive_attention_weights_bwd_cpu(
+            dalpha, alpha, keys, query, v, dscore, dquery, _or_none(dv), _or_none(dkeys), activation == "relu",
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    @staticmethod
+    def additive_attention_context_fwd(weights, values, context):
+        _backend.extension().additive_attention_context_fwd_cpu(weights, values, context, torch.get_num_threads())
+
+    @staticmethod
+    def additive_attention_context_bwd(dcontext, weights, values, need_weights, need_values, dweights, dvalues):
+        _backend.extension().additive_attention_context_bwd_cpu(
+            dcontext, weights, values, _or_none(dweights), _or_none(dvalues), torch.get_num_threads()
+        )
+
+    @staticmethod
+    def additive_attention_memory_bwd(dscores, queries, keys, v, activation, dv, dkeys):
+        _backend.extension().additive_attention_memory_bwd_cpu(
+            dscores, queries, keys, v, dv, dkeys, activation == "relu", torch.get_num_threads()
+        )
 
 
 class CUDA:
@@ -76,6 +146,29 @@ class CUDA:
                 grad_out, inv_denom, input, target, ids, weight, _or_none(stats), _or_none(cols), _or_none(dset), dinput,
                 excluded, _subset_options(options), torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
+
+    @staticmethod
+    def attention_coverage_fwd(alpha, valid, tau, out, residual, target, reduction):
+        if 0 in alpha.shape[:-2]:  # no captions
+            out.zero_()
+            return
+        c, how = _backend.extension(), _coverage_reduction(reduction)
+        scratch = None if reduction == "none" else out.new_empty(c.attention_coverage_blocks_cuda(alpha))
+        with torch.cuda.device(alpha.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            c.attention_coverage_fwd_cuda(
+                alpha, _as_bytes(valid), tau, out, _or_none(residual), scratch, target, how, stream
+            )
+
+    @staticmethod
+    def attention_coverage_bwd(grad_out, residual, valid, dalpha, reduction):
+        if dalpha.numel() == 0:
+            return
+        with torch.cuda.device(dalpha.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _backend.extension().attention_coverage_bwd_cuda(
+                grad_out, residual, _as_bytes(valid), dalpha, _coverage_reduction(reduction), stream
+            )
 
 
 class Words(NamedTuple):

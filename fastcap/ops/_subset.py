@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fastcap.errors import bad
 from fastcap.ops import _checks
@@ -75,6 +76,46 @@ def candidates(
     if subset == "caption":
         return "set", target.unsqueeze(1), ignore_index
     return "reverse", target.unsqueeze(1), ignore_index
+
+
+def shape_input(
+    op: str,
+    input: Tensor | PackedSequence,
+    target: Tensor | PackedSequence,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    letter: str,
+    what: str,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """(input [B, T, *], target [B, T], token_weight, whether they came flat); raises where input is no such tensor.
+
+    Packed sequences are padded, target with `ignore_index`, their captions in the order from before they were sorted.
+    """
+    if isinstance(input, PackedSequence) or isinstance(target, PackedSequence):
+        input, target = _unpack(op, input, target, ignore_index)
+    _checks.check_tensor(op, "input", input, f"pass the {what}")
+    _checks.check_dtype(op, "input", input, _checks.FLOATS, f"convert the {what}")
+    _checks.check_dense(op, "input", input)
+    flat = input.dim() == 2
+    if flat:
+        input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
+    if input.dim() != 3 or input.shape[2] < 1:
+        rule = f"have shape [B, T, {letter}] or [N, {letter}], {letter} >= 1"
+        raise bad(op, "input", rule, list(input.shape), f"pass the {what}, that dimension last")
+    return input, target, token_weight, flat
+
+
+def _unpack(op: str, input: object, target: object, ignore_index: int) -> tuple[Tensor, Tensor]:
+    if not (isinstance(input, PackedSequence) and isinstance(target, PackedSequence)):
+        got = f"{type(input).__name__} and {type(target).__name__}"
+        raise bad(op, "input and target", "both be PackedSequence, or neither", got, "pack both, or pass both padded")
+    orders = input.sorted_indices, target.sorted_indices
+    alike = torch.equal(input.batch_sizes, target.batch_sizes) and (orders[0] is None) == (orders[1] is None)
+    if not alike or (_checks.checks_values(input.data) and orders[0] is not None and not torch.equal(*orders)):
+        got = f"batch sizes {target.batch_sizes.tolist()[:8]} against {input.batch_sizes.tolist()[:8]}"
+        raise bad(op, "target", "be packed as input is", got, "pack both with the same lengths")
+    padded, _ = pad_packed_sequence(input, batch_first=True)
+    return padded, pad_packed_sequence(target, batch_first=True, padding_value=ignore_index)[0]
 
 
 def prepare(

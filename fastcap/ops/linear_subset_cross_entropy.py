@@ -293,9 +293,9 @@ def linear_subset_cross_entropy(
 
     Args:
         input: hidden states [B, T, H], float32, float64, float16 or bfloat16, any strides. [N, H] is one caption of N
-            tokens.
+            tokens. A PackedSequence is padded first.
         linear_weight: the head's weight [V, H], in the dtype of `input` (under autocast, any); may be tied to an embedding.
-        target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`.
+        target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`; packed where input is.
         linear_bias: the head's bias [V], or None. Its gradient is always dense.
         subset, first_token, mle_weight, weight, token_weight, ignore_index, label_smoothing, logit_softcap, z_loss,
             num_random, seed, reduction: as in `subset_cross_entropy`. With subset="full" the function is
@@ -333,16 +333,9 @@ def linear_subset_cross_entropy(
     >>> hidden.grad.shape, head.weight.grad.shape
     (torch.Size([2, 5, 16]), torch.Size([1000, 16]))
     """
-    _checks.check_tensor(OP, "input", input, "pass the hidden states before the head")
-    _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the hidden states")
-    _checks.check_dense(OP, "input", input)
-    flat = input.dim() == 2
-    if flat:
-        input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
-    if input.dim() != 3 or input.shape[2] < 1:
-        raise bad(
-            OP, "input", "have shape [B, T, H] or [N, H], H >= 1", list(input.shape), "pass hidden states, features last"
-        )
+    input, target, token_weight, flat = _subset.shape_input(
+        OP, input, target, token_weight, ignore_index, "H", "hidden states"
+    )
     budget = _check_head(input, linear_weight, linear_bias, memory_budget)
     V, device = linear_weight.shape[0], input.device.type
     widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
@@ -355,7 +348,7 @@ def linear_subset_cross_entropy(
         z_loss=z_loss, num_random=num_random, seed=seed, reduction=reduction,
     )  # fmt: skip
     _grad_weight.check(OP, linear_weight, grad_weight, options)
-    backend = _backend.select(OP, device)
+    backend = _backend.select(OP, device, _backend.NO_CUDA)
     if backend != "cpp":  # which checks values itself
         _subset.check_values(OP, target, ids, V, options)
     if backend == "reference":

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _subset
+from fastcap.ops import _backend, _subset
 from fastcap.ops._autograd import once
 from fastcap.ops._subset import Options
 
@@ -175,8 +174,9 @@ def subset_cross_entropy(
 
     Args:
         input: logits [B, T, V], float32, float64, float16 or bfloat16, any strides. [N, V] is one caption of N tokens: a
-            batch flattened to [B * T, V] would share one set of words, so keep its shape (`subset="full"` does not care).
-        target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`.
+            batch flattened to [B * T, V] would share one set of words, so keep its shape (`subset="full"` does not care). A
+            PackedSequence is padded first, which copies it.
+        target: [B, T] (or [N]) int64, each in [0, V) or `ignore_index`; packed where input is.
         subset: the candidates a token chooses from; its own target is always one of them, and repeats count once.
             "caption": the valid targets of its caption (SMILE). "full": the whole vocabulary; the function then is
             `torch.nn.functional.cross_entropy` of class indices over the last dimension (and 0 where all are ignored).
@@ -216,14 +216,7 @@ def subset_cross_entropy(
     >>> print(f"{loss:.4f}")  # two candidates, 4 and 2: log 2
     0.6931
     """
-    _checks.check_tensor(OP, "input", input, "pass the logits")
-    _checks.check_dtype(OP, "input", input, _checks.FLOATS, "convert the logits")
-    _checks.check_dense(OP, "input", input)
-    flat = input.dim() == 2
-    if flat:
-        input, target, token_weight = (x.unsqueeze(0) if isinstance(x, Tensor) else x for x in (input, target, token_weight))
-    if input.dim() != 3 or input.shape[2] < 1:
-        raise bad(OP, "input", "have shape [B, T, V] or [N, V], V >= 1", list(input.shape), "pass logits, classes last")
+    input, target, token_weight, flat = _subset.shape_input(OP, input, target, token_weight, ignore_index, "V", "logits")
     V = input.shape[2]
     ids, weight, token_weight, options = _subset.prepare(
         OP, input, target, V, subset=subset, first_token=first_token, mle_weight=mle_weight, weight=weight,
