@@ -13,7 +13,7 @@ from importlib import metadata
 
 _MODULES = {"pillow": "PIL"}  # distributions whose module has another name; the others only change - to _
 _EXTRAS = {  # where fastcap is not installed (a source tree), what pyproject.toml says
-    "train": "transformers tokenizers safetensors pillow emoji typer rich matplotlib tensorboard pycocoevalcap".split(),
+    "train": "transformers tokenizers safetensors pillow emoji typer rich matplotlib tensorboard pycocoevalcap h5py".split(),
     "bench": ["pytest", "pytest-benchmark", "matplotlib"],
 }
 

@@ -14,7 +14,7 @@ import fastcap
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = (
     "transformers", "tokenizers", "safetensors", "PIL", "emoji", "typer", "rich", "matplotlib", "tensorboard",
-    "pycocoevalcap",
+    "pycocoevalcap", "h5py",
 )  # fmt: skip
 
 # A name that is None in sys.modules cannot be imported, and importlib finds no spec for it: as if it were not installed.

@@ -113,13 +113,21 @@ def test_each_objective_is_its_setting_of_the_subset_loss(config, objective):
     assert set(expected) == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_accumulating_4_times_8_is_one_batch_of_32(scenes, tmp_path, objective):
+@pytest.mark.parametrize(
+    "changes",
+    [{"objective": objective} for objective in OBJECTIVES]
+    + [{"coverage": 3.0, "coverage_reduction": kind} for kind in ("mean", "batchmean", "sum", "theano")]
+    + [{"coverage": 3.0, "coverage_target": "length"}, {"attention": "hard"}, {"attention": "mean"}],
+    ids=lambda changes: ",".join(map(str, changes.values())),
+)
+def test_accumulating_4_times_8_is_one_batch_of_32(scenes, tmp_path, changes, monkeypatch):
+    # Of hard attention the parts draw other samples than the whole, and so another result: here alpha itself is used.
+    monkeypatch.setattr(models.ShowAttendTell, "HARD", 0.0)
     gradients = []
     for accumulate in (1, 4):
         config = TrainConfig(
-            data=scenes, out=str(tmp_path / str(accumulate)), objective=objective, dropout=0.0, clip=1e9,
-            **{**SMALL, "batch_size": 32, "accumulate": accumulate},
+            data=scenes, out=str(tmp_path / str(accumulate)), dropout=0.0, clip=1e9,
+            **{**SMALL, **changes, "batch_size": 32, "accumulate": accumulate},
         )  # fmt: skip
         trainer = Trainer(config, progress=False)
         trainer.model.double()  # so that only the sum's order is left to differ, by 1e-13
@@ -129,11 +137,184 @@ def test_accumulating_4_times_8_is_one_batch_of_32(scenes, tmp_path, objective):
         assert len(tokens) == 4 and len(set(tokens)) > 1  # so a mean of means would differ
         trainer._began = time.perf_counter()
         record = trainer._train_step(0, batch)
-        gradients.append((record["loss"], [p.grad.clone() for p in trainer.model.parameters()]))
-    (loss, whole), (other, parts) = gradients
-    assert other == pytest.approx(loss, rel=1e-6)
+        logged = {name: record[name] for name in ("loss", "coverage", "entropy", "baseline") if name in record}
+        gradients.append((logged, [p.grad.clone() for p in trainer.model.parameters()]))
+    (logged, whole), (other, parts) = gradients
+    assert set(logged) - {"loss"} == ({"coverage"} if "coverage" in changes else set()) | (
+        {"entropy", "baseline"} if changes.get("attention") == "hard" else set()
+    )
+    assert other == pytest.approx(logged, rel=1e-6)
     for one, part in zip(whole, parts, strict=True):
         torch.testing.assert_close(part, one, rtol=1e-9, atol=1e-10 * one.abs().max().item())
+
+
+def test_coverage_spreads_attention_and_is_logged_beside_the_objective(config):
+    logs = {}
+    for weight in (0.0, 1.0):
+        run = _with(config, out=f"{config.out}-{weight}", steps=40, lr=5e-3, coverage=weight)
+        trainer = Trainer(run, progress=False)
+        with torch.no_grad():
+            trainer.model.score.weight.mul_(12)  # at first it is nearly even
+        model = trainer.run().model
+        batch = next(iter(trainer._loader))
+        with torch.no_grad():
+            _, alphas = model(batch["images"], batch["inputs"], batch["lengths"])
+        least = (1 - batch["lengths"] / 36).square().mean()  # of even attention
+        logs[weight] = ((1 - alphas.sum(1)).square().mean() - least).item(), _log(run)
+    (spread, log), (free, plain) = logs[1.0], logs[0.0]
+    assert 0 < spread < 0.3 * free
+    assert "coverage" not in plain[0] and log[-1]["coverage"] < log[0]["coverage"]
+    assert log[0]["loss"] == plain[0]["loss"]  # the objective alone
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_baseline_moves_once_a_step_towards_the_mean_cost_of_a_caption(config, accumulate, monkeypatch):
+    monkeypatch.setattr(models.ShowAttendTell, "HARD", 0.0)
+    config = _with(config, attention="hard", accumulate=accumulate, dropout=0.0, steps=3)
+    trainer = Trainer(config, progress=False)
+    wanted = 0.0
+    while trainer.step < 3:
+        trainer._sampler.set_position(0, trainer.step)
+        batch = next(iter(trainer._loader))
+        with torch.no_grad():
+            logits, _ = trainer.model.eval()(batch["images"], batch["inputs"], batch["lengths"])
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["target"].flatten(), reduction="none")
+        wanted = 0.9 * wanted + 0.1 * losses.view(16, -1).sum(1).mean().item()
+        trainer._began = time.perf_counter()
+        record = trainer._train_step(0, batch)
+        assert record["baseline"] == pytest.approx(wanted, rel=1e-5)
+        assert trainer.model.baseline.item() == record["baseline"]
+
+
+@pytest.mark.parametrize("changes", [{"attention": "hard"}, {"scheduled_sampling": 0.3}, {"coverage": 1.0}], ids=str)
+def test_what_is_sampled_or_added_resumes_bit_for_bit(config, changes):
+    config = _with(config, **changes, dropout=0.3, steps=6)
+    whole = _quiet(config)
+    halted = _with(config, out=config.out + "-halted")
+    _quiet(halted, callbacks=[lambda trainer, record: trainer.stop() if record["step"] == 3 else None])
+    torch.rand(100)
+    result = _quiet(halted, resume=True)
+    assert _equal(_weights(result.model), _weights(whole.model))
+    assert ("baseline" in _weights(result.model)) == ("attention" in changes)
+
+
+@pytest.mark.parametrize("changes", [{"attention": "hard", "variant": "tutorial"}, {"attention": "mean"}], ids=str)
+def test_every_attention_trains_and_captions(config, scenes, changes):
+    config = _with(config, **changes, steps=60, lr=5e-3, validate_every=60, validate_batches=2)
+    result = _quiet(config)
+    log = _log(config)
+    losses = [record["loss"] for record in log]
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+    assert result.val_loss == pytest.approx(result.val_mle)  # the objective alone
+    assert result.model.config.attention == changes["attention"] and result.config.variant is not None
+    (said,) = Captioner.load(config.out)(data.KarpathyDataset(scenes, "val").images()[0]["image"].unsqueeze(0))
+    assert said.split()[0] in ("a", "there")
+    second = _with(config, out=config.out + "-on", init_from=config.out, attention=None, variant=None, steps=1)
+    assert Trainer(second, progress=False).config.attention == changes["attention"]
+
+
+def test_a_checkpoint_of_before_hard_attention_goes_on_bit_for_bit(config):
+    whole = _quiet(config)
+    halted = _with(config, out=config.out + "-halted")
+    first = _quiet(halted, callbacks=[lambda trainer, record: trainer.stop() if record["step"] == 3 else None])
+    new = ("attention", "variant", "coverage", "coverage_reduction", "coverage_target", "scheduled_sampling", "features")
+    _changed("trainer.json", lambda state: _without(state, "config", new))(first.checkpoint)
+    _changed("model.json", lambda model: _without({"": model}, "", ("attention", "activation", "gate", "output"))[""])(
+        first.checkpoint
+    )
+    assert _equal(_weights(_quiet(halted, resume=True).model), _weights(whole.model))
+    run = Trainer(_with(config, out=config.out + "-from", init_from=halted.out, coverage=1.0), progress=False)
+    assert (run.config.attention, run.config.variant) == ("soft", "original")
+
+
+def _without(state, name, removed):
+    return {**state, name: {key: value for key, value in state[name].items() if key not in removed}}
+
+
+def _write_features(folder, scenes, width=10):
+    """Features of 2 to 4 regions for every picture, by its imgid."""
+    import numpy as np
+
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for record in data.KarpathyDataset(scenes, split).records:
+            R = int(generator.integers(2, 5))
+            np.save(folder / f"{record['imgid']}.npy", generator.standard_normal((R, width), dtype=np.float32))
+    return str(folder)
+
+
+@pytest.mark.parametrize("model", ["show-attend-tell", "show-and-tell"])
+def test_features_of_regions_stand_in_for_pictures(config, scenes, tmp_path, model):
+    features = _write_features(tmp_path / "features", scenes)
+    options = {"coverage": 1.0} if model == "show-attend-tell" else {"attention_width": None}
+    config = _with(config, features=features, model=model, validate_every=4, validate_batches=2, **options)
+    result = _quiet(config)
+    assert isinstance(result.model.encoder, models.FeatureEncoder) and math.isfinite(result.val_loss)
+    assert result.model.encoder.config == {"kind": "features", "width_in": 10, "width": 16} and result.config.encoder is None
+    moved = tmp_path / "moved"
+    (tmp_path / "features").rename(moved)
+    assert _quiet(_with(config, features=str(moved)), resume=True).step == result.step
+    tuned = _with(config, out=config.out + "-on", init_from=config.out, features=None)
+    with pytest.raises(FastcapError, match="features must be given: the model reads features of regions, got None; give"):
+        Trainer(tuned, progress=False)
+    Trainer(_with(tuned, features=str(moved)), progress=False)
+    pictures = _with(config, out=config.out + "-pictures", features=None, coverage=0.0, steps=1)
+    _quiet(pictures)
+    with pytest.raises(FastcapError, match="features must be left out: the model reads pictures, got .*; give the run"):
+        _quiet(_with(pictures, features=str(moved)), resume=True)
+
+
+def test_accumulating_regions_of_other_numbers_is_one_batch(config, scenes, tmp_path):
+    features, gradients = _write_features(tmp_path / "features", scenes), []
+    for accumulate in (1, 4):
+        run = _with(config, features=features, coverage=2.0, dropout=0.0, accumulate=accumulate, clip=1e9)
+        trainer = Trainer(run, progress=False)
+        trainer.model.double()
+        batch = next(iter(trainer._loader))
+        batch["images"] = batch["images"].double()
+        trainer._began = time.perf_counter()
+        record = trainer._train_step(0, batch)
+        gradients.append((record["coverage"], [p.grad.clone() for p in trainer.model.parameters()]))
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-9)
+    for one, part in zip(gradients[0][1], gradients[1][1], strict=True):
+        torch.testing.assert_close(part, one, rtol=1e-9, atol=1e-10 * one.abs().max().item())
+
+
+def test_hard_attention_takes_no_loss_of_ones_own(config):
+    with pytest.raises(FastcapError, match="loss_fn must be left out with hard attention, which needs the loss of each"):
+        Trainer(_with(config, attention="hard"), progress=False, loss_fn=lambda logits, target: logits.mean())
+
+
+def test_coverage_and_scheduled_sampling_go_with_a_loss_of_ones_own(config):
+    def loss_fn(logits, target):
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    changes = {"coverage": 1.0, "scheduled_sampling": 0.3, "steps": 4}
+    own, ours = _with(config, **changes), _with(config, **changes, out=config.out + "-ours")
+    _quiet(own, loss_fn=loss_fn)
+    _quiet(ours)
+    kept = ("loss", "coverage", "grad_norm")
+    for one, other in zip(_log(own), _log(ours), strict=True):
+        assert [one[name] for name in kept] == pytest.approx([other[name] for name in kept], rel=1e-3)
+
+
+def test_the_help_offers_what_attention_can_be(monkeypatch):
+    testing = pytest.importorskip("typer.testing")
+    from fastcap.cli import app
+
+    monkeypatch.setenv("COLUMNS", "200")
+    text = testing.CliRunner().invoke(app(), ["train", "--help"]).output
+    for option in (
+        "attention",
+        "variant",
+        "coverage",
+        "coverage-reduction",
+        "coverage-target",
+        "scheduled-sampling",
+        "features",
+    ):
+        assert f"--{option} " in text
 
 
 def test_the_validation_loss_is_the_mean_over_all_its_tokens(config):
@@ -420,12 +601,15 @@ def test_one_pass_validates_mle_and_two_any_other_objective(config, monkeypatch)
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
 def test_a_setting_has_one_default_or_one_in_the_recipes(field):
-    usually_none = ("pretrained", "init_from", "mle_weight")
+    usually_none = ("pretrained", "init_from", "mle_weight", "features")
     assert (field.default is None) == (field.name in (*SETTINGS, *usually_none))
 
 
-def test_bf16_trains_on_the_cpu(config):
-    result = _quiet(_with(config, precision="bf16", validate_every=8, validate_batches=1))
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention": "hard", "coverage": 1.0, "variant": "tutorial"}, {"scheduled_sampling": 0.5}], ids=str
+)
+def test_bf16_trains_on_the_cpu(config, changes):
+    result = _quiet(_with(config, **changes, precision="bf16", validate_every=8, validate_batches=1))
     assert result.val_mle == pytest.approx(result.val_loss, rel=1e-6)
     assert math.isfinite(result.loss) and next(result.model.parameters()).dtype == torch.float32
 
@@ -491,7 +675,7 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
     ("change", "message"),
     [
         ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', got 'rl'; pass obj"),
-        ({"model": "vit"}, "model must be one of 'show-attend-tell', 'blip', got 'vit'; pass model='show-attend-tell'"),
+        ({"model": "vit"}, "model must be one of 'show-attend-tell', 'show-and-tell', 'blip', got 'vit'; pass model="),
         ({"precision": "int8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'int8'; pass precision='fp32'"),
         ({"steps": 0}, "steps must be at least 1, got 0; pass steps=1 or more"),
         ({"steps": 1.5}, "steps must be an integer, got 1.5; pass an integer"),
@@ -504,6 +688,18 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
         ({"accumulate": 17}, "accumulate must be at most batch_size=16, got 17; pass a smaller number"),
         ({"warmup": -1}, "warmup must be at least 0, got -1; pass warmup=0 or more"),
         ({"data": ""}, "data must not be empty, got ''; pass --data"),
+        ({"attention": "none"}, "attention must be one of 'soft', 'hard', 'mean', got 'none'; pass attention='soft'"),
+        ({"variant": "new"}, "variant must be one of 'original', 'tutorial', got 'new'; pass variant='original'"),
+        ({"coverage": -1.0}, "coverage must be at least 0 and finite, got -1.0; pass coverage=1.0, or 0 for none"),
+        ({"coverage": math.nan}, "coverage must be at least 0 and finite, got nan; pass coverage=1.0, or 0 for none"),
+        ({"coverage_reduction": "max"}, "coverage_reduction must be one of 'mean', 'batchmean', 'sum', 'theano', got 'max'"),
+        (
+            {"coverage_target": "all"},
+            "coverage_target must be a finite number or 'length', got 'all'; pass coverage_target='1'",
+        ),
+        ({"coverage_target": "inf"}, "coverage_target must be a finite number or 'length', got 'inf'; pass coverage_tar"),
+        ({"coverage_target": 1.0}, "coverage_target must be a string, got 1.0; pass a string"),
+        ({"scheduled_sampling": 1.5}, "scheduled_sampling must be in [0, 1], got 1.5; pass scheduled_sampling=0.25, or 0"),
         ({"init_from": 3}, "init_from must be a string, got 3; pass a string"),
     ],
 )
@@ -520,6 +716,34 @@ def test_bad_settings_are_named(config, change, message):
         ({"device": "abacus"}, "device must be one that torch can use here, got 'abacus'; pass --device auto, or cpu"),
         ({"prompt": "a"}, "prompt must be left out with show-attend-tell, got 'a'; that model has no such setting to"),
         ({"pretrained": "a"}, "pretrained must be left out with show-attend-tell, got 'a'; or pass --model blip"),
+        (
+            {"model": "show-and-tell", "attention_width": None, "attention": "soft"},
+            "attention must be left out with show-and-tell, got 'soft'; that model has no such setting to choose",
+        ),
+        (
+            {"model": "blip", "pretrained": "none", "attention_width": None, "variant": "tutorial"},
+            "variant must be left out with blip, got 'tutorial'; that model has no such setting to choose",
+        ),
+        (
+            {"model": "show-and-tell", "attention_width": None, "coverage": 1.0},
+            "coverage must be 0 with show-and-tell, got 1.0; or pass --model show-attend-tell",
+        ),
+        (
+            {"attention": "mean", "coverage": 1.0},
+            "coverage must be 0 with mean attention, which it cannot change, got 1.0; or pass --attention soft",
+        ),
+        (
+            {"model": "blip", "pretrained": "none", "attention_width": None, "scheduled_sampling": 0.5},
+            "scheduled_sampling must be 0 with blip, got 0.5; or pass --model show-attend-tell",
+        ),
+        (
+            {"model": "blip", "pretrained": "none", "attention_width": None, "features": "regions"},
+            "features must be left out with blip, got 'regions'; or pass --model show-attend-tell",
+        ),
+        (
+            {"features": "regions", "encoder": "conv"},
+            "encoder must be left out with features, got 'conv'; the features come from an encoder that ran before",
+        ),
         ({"init_from": "nowhere"}, "checkpoint must be a checkpoint or the folder of a run, got 'nowhere'"),
     ],
 )

@@ -24,8 +24,10 @@ _HOME = {
     "write_emoji": "emoji",
     "KarpathyDataset": "karpathy",
     "read_pixels": "karpathy",
+    "RegionFeatures": "features",
     "CaptionTokenizer": "tokenizer",
     "ShuffledBatches": "batching",
+    "ignore_padding": "sequences",
     "collate": "batching",
     "collate_images": "batching",
 }

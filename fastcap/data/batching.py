@@ -19,7 +19,7 @@ class collate:
 
     A batch of B captions, the longest of which has T - 1 tokens, is a dict of
 
-    - images [B, 3, S, S] float32
+    - images [B, 3, S, S] float32, or features [B, R, D], where images of fewer regions than R end in rows of zeros
     - inputs [B, T] int64: start, then the words; the rest `pad_id`
     - target [B, T] int64: the words, then end; the rest -100
     - lengths [B] int64: valid targets of each caption, end included
@@ -45,7 +45,7 @@ class collate:
             inputs[b, :length] = torch.tensor([self.tokenizer.start_id, *kept])
             target[b, :length] = torch.tensor([*kept, self.tokenizer.end_id])
         return {
-            "images": torch.stack([item["image"] for item in items]),
+            "images": stack_images([item["image"] for item in items]),
             "inputs": inputs,
             "target": target,
             "lengths": torch.tensor(lengths),
@@ -56,14 +56,21 @@ class collate:
 
 
 def collate_images(items: list[dict]) -> dict:
-    """The `collate_fn` for `KarpathyDataset.images()`: images [B, 3, S, S], and lists of B: imgids, captions (each a
-    list of references), extras."""
+    """The `collate_fn` for `KarpathyDataset.images()`: images as in `collate`, and lists of B: imgids, captions (each a list
+    of references), extras."""
     return {
-        "images": torch.stack([item["image"] for item in items]),
+        "images": stack_images([item["image"] for item in items]),
         "imgids": [item["imgid"] for item in items],
         "captions": [item["captions"] for item in items],
         "extras": [item["extras"] for item in items],
     }
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Pictures [3, S, S] to [B, 3, S, S]; features [R_b, D] to [B, max R_b, D], padded with rows of zeros."""
+    if images[0].dim() == 2 and len({len(features) for features in images}) > 1:
+        return torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
+    return torch.stack(images)
 
 
 class ShuffledBatches:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastcap.data._checks import check_int, require
+from fastcap.data.features import RegionFeatures
 from fastcap.data.text import words
 from fastcap.errors import bad
 
@@ -39,6 +40,8 @@ class KarpathyDataset(Dataset):
             the cache they are decoded in full, else only opened (a JPEG cut short is then found when it is read).
             Without it, a missing or broken image raises when it is read.
         cache_bytes: most memory for decoded images (uint8, 3 S^2 bytes each); 0 for none.
+        features: `RegionFeatures`, or their path: an item's "image" is then its features, float32 [R, D], in place of the
+            picture, which need not be there. `verify` looks whether each image has features, and skips those without.
 
     `skipped` lists what was left out, as (path, reason): images missing or broken, captions without a word or that are
     no string, images with no caption left. Only if nothing is left is that an error. Transparent images lie on white.
@@ -60,6 +63,7 @@ class KarpathyDataset(Dataset):
         std: float | Sequence[float] = 0.5,
         verify: bool = True,
         cache_bytes: int = 256 * 2**20,
+        features: RegionFeatures | str | os.PathLike | None = None,
     ) -> None:
         check_int(_OP, "image_size", image_size, 1, "pass the pixels of a side, for example image_size=48")
         if max_captions is not None:
@@ -70,7 +74,9 @@ class KarpathyDataset(Dataset):
         self._mean, self._std = _per_channel("mean", mean), _per_channel("std", std)
         if (self._std == 0).any():
             raise bad(_OP, "std", "be non-zero", std, "pass for example std=0.5")
-        self._image = require("PIL.Image", _OP)
+        self.features = RegionFeatures(features) if isinstance(features, (str, os.PathLike)) else features
+        if features is None:
+            require("PIL.Image", _OP)  # now, and not at the first picture
         self.skipped: list[tuple[str, str]] = []
         records = [self._clean(record, max_captions) for record in self._records_of_split(split, restval)]
         self.records = [record for record in records if record is not None]
@@ -81,7 +87,8 @@ class KarpathyDataset(Dataset):
             self.records = [record for record in self.records if self._is_sound(record, decode=fits)]
         if not self.records:
             got = f"{len(self.skipped)} skipped, the first: {self.skipped[0]}" if self.skipped else "none"
-            raise bad(_OP, f"split {split!r} of {self.json}", "have an image that can be used", got, "check image_root")
+            remedy = "check image_root" if features is None else "check what the features are named by"
+            raise bad(_OP, f"split {split!r} of {self.json}", "have an image that can be used", got, remedy)
         self._pairs = [(i, j) for i, record in enumerate(self.records) for j in range(len(record["sentences"]))]
 
     def __len__(self) -> int:
@@ -108,6 +115,7 @@ class KarpathyDataset(Dataset):
 
     def _records_of_split(self, split: str, restval: bool) -> list[dict]:
         document = _read_json(self.json)
+        self._key = self.features.choose_key(document) if self.features is not None else None
         known = {record["split"] for record in document}
         wanted = {split, "restval"} if split == "train" and restval else {split}
         if split not in known:
@@ -135,11 +143,16 @@ class KarpathyDataset(Dataset):
         return next((path for path in tried if path.is_file()), tried[0])
 
     def _is_sound(self, record: dict, decode: bool) -> bool:
+        if self.features is not None:
+            found = self.features.id_of(record, self._key) is not None
+            if not found:
+                self.skipped.append((str(record["path"]), f"no features in {self.features.path}"))
+            return found
         try:
             if decode:
                 self._pixels(record)
             else:
-                with self._image.open(record["path"]) as image:
+                with require("PIL.Image", _OP).open(record["path"]) as image:
                     image.verify()
         except FileNotFoundError:
             self.skipped.append((str(record["path"]), "no such file"))
@@ -160,6 +173,8 @@ class KarpathyDataset(Dataset):
         return pixels
 
     def _tensor(self, record: dict) -> torch.Tensor:
+        if self.features is not None:
+            return torch.from_numpy(self.features.of(record, self._key))
         try:
             pixels = self._pixels(record)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Captioning models in plain torch, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`.
+"""Captioning models, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`.
 
 A model is an `nn.Module` made from one frozen dataclass of plain values. It offers
 `forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L] or None), `hidden_states(images, inputs)` -> [B, T, H]
@@ -8,21 +8,29 @@ with the linear layer `head`, with which the training fuses its loss, and `encod
 
 from .blip import Blip, BlipConfig, small_architecture
 from .decoding import Captions, beam_search, greedy
-from .encoders import BackboneEncoder, ConvEncoder, build_encoder
+from .encoders import BackboneEncoder, ConvEncoder, Encoder, FeatureEncoder, VggEncoder, build_encoder
 from .files import MODELS, build, load, save
 from .pretrained import PretrainedTokenizer, load_blip, load_tokenizer
-from .show_attend_tell import ShowAttendTell, ShowAttendTellConfig
+from .show_attend_tell import VARIANTS, Decoded, ShowAttendTell, ShowAttendTellConfig
+from .show_tell import ShowTell, ShowTellConfig
 
 __all__ = [
     "MODELS",
+    "VARIANTS",
     "BackboneEncoder",
     "Blip",
     "BlipConfig",
     "Captions",
     "ConvEncoder",
+    "Decoded",
+    "Encoder",
+    "FeatureEncoder",
     "PretrainedTokenizer",
     "ShowAttendTell",
     "ShowAttendTellConfig",
+    "ShowTell",
+    "ShowTellConfig",
+    "VggEncoder",
     "beam_search",
     "build",
     "build_encoder",

@@ -5,7 +5,8 @@
     logits, state = model.step(token, state, memory)    token [B] int64 -> logits [B, V]
 
 `memory` and `state` are tensors, or tuples, lists or dicts of them. Nothing loops over images. A beam search repeats them
-for its beams; what is none of these it hands to `step` as it is, whose rows are then the images in order, each repeated.
+for its beams; what is none of these (None, for example) it hands to `step` as it is, whose rows are then the images in
+order, each repeated.
 """
 
 from __future__ import annotations

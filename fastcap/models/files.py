@@ -14,8 +14,9 @@ from fastcap.errors import FastcapError, bad
 
 from .blip import Blip
 from .show_attend_tell import ShowAttendTell
+from .show_tell import ShowTell
 
-MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, Blip)}
+MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, ShowTell, Blip)}
 
 
 def build(name: str, **options: Any) -> nn.Module:

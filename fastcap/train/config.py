@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,24 @@ from fastcap.objectives import OBJECTIVES
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TOKENIZERS = ("words", "wordpiece")
+ATTENTIONS = ("soft", "hard", "mean")
+VARIANTS = ("original", "tutorial")
+COVERAGE_REDUCTIONS = ("mean", "batchmean", "sum", "theano")
 MOST_MEMORY = 2**30  # MB: a petabyte, and as bytes still an int64
 
 # What may change when a run is resumed: nothing here changes the weights that come out.
-# (`data` may have moved; that it is as large as it was is checked.)
-FREE_ON_RESUME = ("data", "out", "device", "workers", "validate_every", "validate_batches", "checkpoint_every", "keep")
+# (`data` and `features` may have moved; that the data are as many as they were is checked.)
+FREE_ON_RESUME = (
+    "data",
+    "features",
+    "out",
+    "device",
+    "workers",
+    "validate_every",
+    "validate_batches",
+    "checkpoint_every",
+    "keep",
+)
 
 # What comes with the weights and the tokenizer of a checkpoint: a run that starts from one does not choose it again.
 FROM_CHECKPOINT = (
@@ -26,6 +40,8 @@ FROM_CHECKPOINT = (
     "encoder",
     "width",
     "attention_width",
+    "attention",
+    "variant",
     "dropout",
     "image_size",
     "tokenizer",
@@ -45,12 +61,16 @@ class TrainConfig:
     """A training run; `data` and `out` must be given.
 
     `batch_size` is the number of captions of one optimiser step, whatever `accumulate` is: `accumulate` says in how
-    many parts the step is computed, and so how much memory it takes, not what it computes. A run with `init_from` takes
-    the settings named in `FROM_CHECKPOINT` from there. What is None here is filled in when the run begins, by the model's
+    many parts the step is computed, and so how much memory it takes, not what it computes (but dropout, hard attention and
+    scheduled sampling draw other numbers for other parts). A run with `init_from` takes the settings named in
+    `FROM_CHECKPOINT` from there. What is None here is filled in when the run begins, by the model's
     recipe (`recipes.RECIPES`); the run's own configuration, in its result and checkpoints, has it filled in.
     """
 
     data: str = _option("", "folder with a Karpathy-format dataset_*.json and its pictures", "Run")
+    features: str | None = _option(
+        None, "features of the pictures' regions, in their place: HDF5, npz or a folder, as fastcap.data reads them", "Run"
+    )
     out: str = _option("", "folder of the run: checkpoints and logs", "Run")
     objective: str = _option("mle", "mle, smile, smile+mle or resmile", "Run")
     mle_weight: float | None = _option(None, "share of MLE in smile+mle, where it is 0.01 unless given", "Run")
@@ -60,18 +80,26 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and dropout", "Run")
     workers: int = _option(0, "processes that load pictures; 0 loads in this one", "Run")
 
-    model: str = _option("show-attend-tell", "show-attend-tell or blip", "Model")
+    model: str = _option("show-attend-tell", "show-attend-tell, show-and-tell or blip", "Model")
     pretrained: str | None = _option(
         None,
         "of blip: transformers checkpoint to start from, a folder or a hub name; none: a small model with random weights. "
         "If not given: the standard one where it is in the local cache, else none",
         "Model",
     )
-    encoder: str | None = _option(None, "conv, or a transformers vision model by name or folder", "Model")
+    encoder: str | None = _option(
+        None, "conv; vgg16, or vgg16:FILE of weights; or a transformers vision model by name or folder", "Model"
+    )
     width: int | None = _option(None, "of word embeddings and hidden layers", "Model")
     attention_width: int | None = _option(None, "of the attention's hidden layer", "Model")
     dropout: float | None = _option(None, "before the last layer; of blip, everywhere in the decoder", "Model")
     image_size: int | None = _option(None, "side of the pictures, in pixels", "Model")
+    attention: str | None = _option(
+        None, "soft; hard, trained by REINFORCE; or mean, all locations alike: what attention is worth", "Model"
+    )
+    variant: str | None = _option(
+        None, "of show-attend-tell: original (tanh, scalar gate, deep output) or tutorial (relu, vector gate)", "Model"
+    )
     prompt: str | None = _option(None, "text that every caption begins with: given, not learnt, not printed", "Model")
 
     tokenizer: str | None = _option(None, "words or wordpiece", "Words")
@@ -88,6 +116,19 @@ class TrainConfig:
     weight_decay: float | None = _option(None, "of matrices, not of vectors", "Optimiser")
     clip: float = _option(5.0, "largest norm of the gradient", "Optimiser")
     label_smoothing: float | None = _option(None, "of mle, over the vocabulary; the other objectives have none", "Optimiser")
+
+    coverage: float = _option(
+        0.0, "weight of the doubly stochastic penalty, which spreads attention; 1 suits the reduction mean", "Attention"
+    )
+    coverage_reduction: str = _option(
+        "mean", "of that penalty: mean over captions and locations, batchmean over captions, sum, or theano", "Attention"
+    )
+    coverage_target: str = _option(
+        "1", "what a location's attention should sum to: a number, or length: a caption's words over locations", "Attention"
+    )
+    scheduled_sampling: float = _option(
+        0.0, "probability that a word to go on from is the model's own, not the reference's", "Attention"
+    )
 
     validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
     validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
@@ -107,7 +148,11 @@ class TrainConfig:
         self._one_of("objective", tuple(OBJECTIVES))
         self._one_of("precision", PRECISIONS)
         self._one_of("tokenizer", TOKENIZERS)
-        for name in ("data", "out", "encoder", "device", "pretrained"):
+        self._one_of("attention", ATTENTIONS)
+        self._one_of("variant", VARIANTS)
+        self._one_of("coverage_reduction", COVERAGE_REDUCTIONS)
+        self._check_coverage_target()
+        for name in ("data", "out", "encoder", "device", "pretrained", "features"):
             if getattr(self, name) == "":
                 raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
         for name in ("width", "attention_width", "image_size", "min_count", "max_length"):
@@ -125,6 +170,11 @@ class TrainConfig:
         for name in ("dropout", "mle_weight", "label_smoothing"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise bad("train", name, "be in [0, 1)", getattr(self, name), f"pass a share such as {name}=0.1")
+        if not 0 <= self.coverage < float("inf"):
+            raise bad("train", "coverage", "be at least 0 and finite", self.coverage, "pass coverage=1.0, or 0 for none")
+        if not 0 <= self.scheduled_sampling <= 1:
+            remedy = "pass scheduled_sampling=0.25, or 0 for the captions' own words"
+            raise bad("train", "scheduled_sampling", "be in [0, 1]", self.scheduled_sampling, remedy)
         if not 0 <= self.memory_budget <= MOST_MEMORY:
             remedy = "pass memory_budget=256, or 0 for the smallest blocks"
             raise bad("train", "memory_budget", f"be in [0, {MOST_MEMORY}] MB", self.memory_budget, remedy)
@@ -136,6 +186,15 @@ class TrainConfig:
         if getattr(self, name) not in (*choices, None):
             rule = f"be one of {', '.join(map(repr, choices))}"
             raise bad("train", name, rule, getattr(self, name), f"pass {name}={choices[0]!r}")
+
+    def _check_coverage_target(self) -> None:
+        try:
+            sound = self.coverage_target == "length" or math.isfinite(float(self.coverage_target))
+        except ValueError:
+            sound = False
+        if not sound:
+            rule, remedy = "be a finite number or 'length'", "pass coverage_target='1'"
+            raise bad("train", "coverage_target", rule, self.coverage_target, remedy)
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) is not None and not getattr(self, name) >= least:

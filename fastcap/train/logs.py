@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-"""One step: step, epoch, loss, lr, grad_norm, images_per_s, seconds; after a validation also val_loss and val_mle."""
+"""One step: step, epoch, loss, lr, grad_norm, images_per_s, seconds; with the terms of attention coverage, entropy and
+baseline; after a validation also val_loss and val_mle."""
 
 
 class JsonLog:

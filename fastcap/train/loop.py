@@ -25,10 +25,9 @@ from fastcap.models.pretrained import STANDARD
 from . import checkpoint, setup
 from .config import TrainConfig
 from .logs import JsonLog, Progress, Record, TensorBoardLog
-from .objectives import LossFunction, make_loss
+from .objectives import IGNORE, LossFunction, TrainingLoss, make_loss
 from .recipes import NO_CHECKPOINT
 
-IGNORE = -100
 _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -106,6 +105,7 @@ class Trainer:
             self.tokenizer, self.model = setup.make_parts(config, self._pairs)
         else:
             self.tokenizer, self.model = models.load_tokenizer(last), models.load(last)
+            setup.check_features(config, self.model)
         self.model.to(self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
@@ -117,6 +117,7 @@ class Trainer:
         else:
             self._read = lambda *inputs: self.model(*inputs)[0]
             self._loss, self._mle = loss_fn, _cross_entropy
+        self._training = TrainingLoss(config, self.model, loss_fn)
         self._callbacks, self._show = tuple(callbacks), progress
         self._sampler = data.ShuffledBatches(
             len(self._pairs), config.batch_size, seed=config.seed, drop_last=len(self._pairs) >= config.batch_size
@@ -229,22 +230,20 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        tokens = [(part != IGNORE).sum().item() for part in batch["target"].chunk(config.accumulate)]
-        loss = torch.zeros((), device=self.device)
-        parts = (x.chunk(config.accumulate) for x in self._to_device(batch))
-        for images, inputs, target, lengths, count in zip(*parts, tokens, strict=True):
+        tokens = [int((part != IGNORE).sum()) for part in batch["target"].chunk(config.accumulate)]
+        moved = self._to_device(batch)
+        self._training.begin(moved[0], batch["target"])
+        for *part, count in zip(*(x.chunk(config.accumulate) for x in moved), tokens, strict=True):
             with self._autocast():
-                read = self._read(images, inputs, lengths)
-                # each part's mean, weighted by its tokens: the sum is the mean over the tokens of the whole batch
-                part = self._loss(read, target) * (count / sum(tokens))
-            self._scaler.scale(part).backward()
-            loss += part.detach()
+                loss = self._training.part(*part, count)
+            self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.requires_grad), config.clip)
-        values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+        values = {**self._training.values(), "lr": lr, "grad_norm": norm.item()}
         self._check_finite(values)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        values.update(self._training.end())
         self.step += 1
         seconds = time.perf_counter() - self._began
         self._seconds += seconds

@@ -25,6 +25,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "encoder": "conv",
         "width": 256,
         "attention_width": 128,
+        "attention": "soft",
+        "variant": "original",
+        "dropout": 0.2,
+        "image_size": 48,
+        "tokenizer": "words",
+        "min_count": 1,
+        "vocab_size": 8000,
+        "lr": 2e-3,
+        "warmup": 100,
+        "weight_decay": 0.01,
+        "label_smoothing": 0.0,
+    },
+    "show-and-tell": {
+        "encoder": "conv",
+        "width": 256,
         "dropout": 0.2,
         "image_size": 48,
         "tokenizer": "words",
@@ -88,6 +103,7 @@ def complete(config: TrainConfig) -> TrainConfig:
         if name in given and name not in recipe and not config.init_from:
             of = "blip from a checkpoint" if row == "blip" else config.model
             raise bad("train", name, f"be left out with {of}", given[name], "that model has no such setting to choose")
+    _check_features(config, recipe)
     if config.label_smoothing and config.objective != "mle":
         remedy = "leave it out: a smoothed SMILE would reward every word of its caption in every place"
         rule = f"be 0 with objective {config.objective}"
@@ -100,11 +116,35 @@ def complete(config: TrainConfig) -> TrainConfig:
         filled["label_smoothing"] = 0.0
     if config.objective == "smile+mle" and config.mle_weight is None:
         filled["mle_weight"] = OBJECTIVES[config.objective]["mle_weight"]
+    if config.features:
+        filled.pop("encoder", None)  # the features' own
+    _check_attention(config, {**filled, **given}.get("attention"))
     if filled.get("image_size") == AS_TRAINED:
         from fastcap.models.pretrained import image_size
 
         filled["image_size"] = image_size(pretrained)
     return dataclasses.replace(config, pretrained=pretrained, **filled)
+
+
+def _check_features(config: TrainConfig, recipe: dict[str, Any]) -> None:
+    if config.features and "encoder" not in recipe:
+        remedy = "or pass --model show-attend-tell"
+        raise bad("train", "features", f"be left out with {config.model}", config.features, remedy)
+    if config.features and config.encoder and not config.init_from:
+        remedy = "the features come from an encoder that ran before"
+        raise bad("train", "encoder", "be left out with features", config.encoder, remedy)
+
+
+def _check_attention(config: TrainConfig, attention: str | None) -> None:
+    """`attention` is that of the run; None where the model has none."""
+    if config.coverage and attention in (None, "mean"):
+        of, remedy = config.model, "or pass --model show-attend-tell"
+        if attention:
+            of, remedy = "mean attention, which it cannot change", "or pass --attention soft"
+        raise bad("train", "coverage", f"be 0 with {of}", config.coverage, remedy)
+    if config.scheduled_sampling and attention is None:
+        remedy = "or pass --model show-attend-tell"
+        raise bad("train", "scheduled_sampling", f"be 0 with {config.model}", config.scheduled_sampling, remedy)
 
 
 def row_of(model: str, pretrained: str | None) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastcap import data, models
 from fastcap.errors import FastcapError, bad
+from fastcap.models.show_attend_tell import VARIANTS
 
 from . import checkpoint, recipes
 from .config import TrainConfig
@@ -74,11 +75,14 @@ def resolve(config: TrainConfig, resume: bool) -> tuple[TrainConfig, Path | None
 
 def load_data(config: TrainConfig) -> tuple[Any, Any | None]:
     """The (image, caption) pairs to train on, and those to validate on unless `validate_every` is 0."""
-    train = data.KarpathyDataset(config.data, split="train", image_size=config.image_size)
+    options = {"image_size": config.image_size}
+    if config.features:
+        options["features"] = data.RegionFeatures(config.features)
+    train = data.KarpathyDataset(config.data, split="train", **options)
     if not config.validate_every:
         return train, None
     try:
-        return train, data.KarpathyDataset(config.data, split="val", image_size=config.image_size)
+        return train, data.KarpathyDataset(config.data, split="val", **options)
     except FastcapError as error:
         raise FastcapError(f"{error}; or train without validation: --validate-every 0") from error
 
@@ -87,17 +91,27 @@ def make_parts(config: TrainConfig, dataset: Any) -> tuple[Any, nn.Module]:
     """The tokenizer and the model that a run begins with."""
     if config.init_from:
         folder = checkpoint.find(config.init_from)
-        return models.load_tokenizer(folder), models.load(folder)
+        model = models.load(folder)
+        check_features(config, model)
+        return models.load_tokenizer(folder), model
     if config.model == "blip" and config.pretrained != recipes.NO_CHECKPOINT:
         model, tokenizer = models.load_blip(config.pretrained, prompt=config.prompt, image_size=config.image_size)
     else:
         tokenizer = _make_tokenizer(config, dataset)
-        model = _make_model(config, tokenizer)
+        model = _make_model(config, tokenizer, dataset)
     longest = getattr(model, "longest", math.inf)
     if config.max_length >= longest:
         rule = f"be at most {longest - 1}, the positions that the prompt leaves"
         raise bad("train", "max_length", rule, config.max_length, f"pass --max-length {longest - 1}")
     return tokenizer, model
+
+
+def check_features(config: TrainConfig, model: nn.Module) -> None:
+    """That a model which is there already reads what the run gives it: features, or pictures."""
+    reads = isinstance(getattr(model, "encoder", None), models.FeatureEncoder)
+    if reads != bool(config.features):
+        rule = "be given: the model reads features of regions" if reads else "be left out: the model reads pictures"
+        raise bad("train", "features", rule, config.features, "give the run what the model was trained on")
 
 
 def _make_tokenizer(config: TrainConfig, dataset: Any) -> Any:
@@ -109,7 +123,7 @@ def _make_tokenizer(config: TrainConfig, dataset: Any) -> Any:
     return data.CaptionTokenizer.train_wordpiece(captions, vocab_size=config.vocab_size)
 
 
-def _make_model(config: TrainConfig, tokenizer: Any) -> nn.Module:
+def _make_model(config: TrainConfig, tokenizer: Any, dataset: Any) -> nn.Module:
     if config.model == "blip":
         prompt = tokenizer.encode(config.prompt)
         architecture = models.small_architecture(
@@ -123,14 +137,19 @@ def _make_model(config: TrainConfig, tokenizer: Any) -> nn.Module:
             pad_id=tokenizer.pad_id,
         )
         return models.build("blip", architecture=architecture, prompt=prompt)
+    encoder, options = config.encoder, {}
+    if config.features:
+        encoder = {"kind": "features", "width_in": dataset.features.width, "width": config.width}
+    if config.model == "show-attend-tell":
+        options = {"attention_width": config.attention_width, "attention": config.attention, **VARIANTS[config.variant]}
     return models.build(
         config.model,
         vocab_size=tokenizer.vocab_size,
-        encoder=config.encoder,
+        encoder=encoder,
         embed_width=config.width,
         hidden_width=config.width,
-        attention_width=config.attention_width,
         dropout=config.dropout,
+        **options,
     )
 
 

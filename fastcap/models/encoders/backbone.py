@@ -1,8 +1,4 @@
-"""Image encoders: pictures [B, 3, S, S] in [-1, 1] to annotations [B, L, D], one vector per image location.
-
-`ConvEncoder` is trained from scratch on small pictures; `BackboneEncoder` wraps any vision model of `transformers`.
-Both keep `config`, a dict of plain values from which `build_encoder` makes them again without a download.
-"""
+"""Any vision model of `transformers` as an encoder."""
 
 from __future__ import annotations
 
@@ -17,57 +13,10 @@ from torch.nn import functional as F
 from fastcap.data._checks import require
 from fastcap.errors import bad
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from ._base import IMAGENET_MEAN, IMAGENET_STD, Encoder, normalise_colours
 
 
-class StandardisedConv(nn.Conv2d):
-    """A 3 x 3 convolution whose filters have mean zero and norm `gain` (Qiao et al. 2019, Brock et al. 2021).
-
-    It keeps the scale of what passes through a ReLU without looking at a batch: a picture is encoded alike in training
-    and evaluation and whatever else is in its batch, so that accumulating gradients over small batches is exactly one
-    large batch. On the scenes it learns as fast as BatchNorm; GroupNorm reached five times the loss in the same steps.
-    """
-
-    GAIN = (2 / (1 - 1 / math.pi)) ** 0.5  # ReLU of a standard normal variable, times this, has variance 1
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__(before, after, 3, stride=stride, padding=1)
-        self.gain = nn.Parameter(torch.full((after, 1, 1, 1), self.GAIN))
-
-    def forward(self, x: Tensor) -> Tensor:
-        centred = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        norm = centred.square().sum((1, 2, 3), keepdim=True)
-        weight = centred * torch.rsqrt(norm + 1e-4) * self.gain
-        return F.conv2d(x, weight.to(x.dtype), self.bias.to(x.dtype), self.stride, self.padding)
-
-
-class ConvEncoder(nn.Module):
-    """Convolutions of stride 2, one per entry of `channels`, and one of stride 1: 48 x 48 becomes 6 x 6 locations.
-
-    With three `channels` each location sees 31 x 31 pixels. Its annotation is normalised over its `width` values.
-
-    >>> ConvEncoder(width=32)(torch.zeros(2, 3, 48, 48)).shape
-    torch.Size([2, 36, 32])
-    """
-
-    def __init__(self, width: int = 256, channels: Sequence[int] = (32, 64, 128)) -> None:
-        super().__init__()
-        if not channels or min(channels) < 1:
-            raise bad("models", "channels", "be positive, at least one", tuple(channels), "pass (32, 64, 128)")
-        self.config: dict[str, Any] = {"kind": "conv", "width": width, "channels": list(channels)}
-        self.width = width
-        layers: list[nn.Module] = []
-        for before, after in zip((3, *channels), channels, strict=False):
-            layers += [StandardisedConv(before, after, stride=2), nn.ReLU()]
-        layers += [StandardisedConv(channels[-1], channels[-1], stride=1), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], width, 1))
-        self.normalise = nn.LayerNorm(width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.normalise(self.layers(images).flatten(2).transpose(1, 2))
-
-
-class BackboneEncoder(nn.Module):
+class BackboneEncoder(Encoder):
     """The last hidden state of a `transformers` vision model, by hub name or local folder, as [B, L, D].
 
     Vision transformers lose their leading special tokens (class, distillation, registers), so that L is the grid of
@@ -122,31 +71,39 @@ class BackboneEncoder(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:  # position embeddings fix the size
-            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
-            hidden = self.model(pixel_values=((images + 1) / 2 - mean) / std).last_hidden_state
+        hidden = self._hidden(images)
         if hidden.dim() == 4:
             return hidden.flatten(2).transpose(1, 2).contiguous()
         return hidden[:, self._special_tokens(images, hidden.shape[1]) :]
 
+    def grid(self, images: Tensor) -> tuple[int, int] | None:
+        """What is left of the grid of patches, which some models merge: read off the encoding of one picture."""
+        with torch.no_grad():
+            hidden = self._hidden(images[:1])
+        if hidden.dim() == 4:
+            return tuple(hidden.shape[2:])
+        if self.patch is None:
+            return None
+        rows, columns = self._patches(images)
+        merged = math.isqrt(max(1, rows * columns // hidden.shape[1]))  # patches of a side that make one location
+        rows, columns = rows // merged, columns // merged
+        locations = hidden.shape[1] - self._special_tokens(images, hidden.shape[1])
+        return (rows, columns) if rows * columns == locations else None
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        """The last hidden state, special tokens included: [B, L, D], or [B, D, rows, columns] of a convolutional model."""
+        if self.size is not None and tuple(images.shape[-2:]) != self.size:  # position embeddings fix the size
+            images = F.interpolate(images, self.size, mode="bilinear", antialias=True, align_corners=False)
+        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
+            return self.model(pixel_values=normalise_colours(images, self.mean, self.std)).last_hidden_state
+
+    def _patches(self, images: Tensor) -> tuple[int, int]:
+        height, width = self.size or images.shape[-2:]
+        return height // self.patch[0], width // self.patch[1]
+
     def _special_tokens(self, images: Tensor, length: int) -> int:
         """How many leading tokens are not patches: those beyond the grid (none where patches were merged)."""
-        if self.patch is None:
-            return 0
-        return max(0, length - math.prod(s // p for s, p in zip(images.shape[-2:], self.patch, strict=True)))
-
-
-def build_encoder(config: dict[str, Any] | str) -> nn.Module:
-    """The encoder of a configuration: "conv", the name or folder of a backbone, or an encoder's own `config`."""
-    if isinstance(config, str):
-        return ConvEncoder() if config == "conv" else BackboneEncoder(config)
-    options = dict(config)
-    kind = options.pop("kind", None)
-    if kind not in ("conv", "backbone"):
-        raise bad("models", "encoder kind", "be 'conv' or 'backbone'", kind, "pass 'conv' or the name of a backbone")
-    return ConvEncoder(**options) if kind == "conv" else BackboneEncoder(options.pop("name", None), **options)
+        return 0 if self.patch is None else max(0, length - math.prod(self._patches(images)))
 
 
 def _pretrained(name: str) -> tuple[nn.Module, tuple[Sequence[float], Sequence[float]]]:
@@ -155,7 +112,7 @@ def _pretrained(name: str) -> tuple[nn.Module, tuple[Sequence[float], Sequence[f
         model = transformers.AutoModel.from_pretrained(name)
     except (OSError, ValueError) as error:
         remedy = f"check the name or folder ({str(error).strip().splitlines()[0]})"
-        raise bad("models", "encoder", "be 'conv' or a transformers vision model", name, remedy) from error
+        raise bad("models", "encoder", "be 'conv', 'vgg16' or a transformers vision model", name, remedy) from error
     if getattr(model, "vision_model", model).main_input_name != "pixel_values":
         raise bad("models", "encoder", "be a vision model", name, "name one that takes pictures, e.g. a ViT or CLIP")
     try:
