@@ -136,8 +136,7 @@ def _check_init_from(given: dict[str, Any]) -> None:
 
 def _show_samples(result: Any) -> None:
     """A few captions of validation pictures, and how varied they are."""
-    import torch
-
+    from fastcap.data.batching import stack_images
     from fastcap.eval.diversity import diversity
     from fastcap.train import Captioner
 
@@ -145,7 +144,7 @@ def _show_samples(result: Any) -> None:
     view = result.validation.images()
     count = min(len(view), 200)
     items = [view[i * len(view) // count] for i in range(count)]
-    images = torch.stack([item["image"] for item in items])
+    images = stack_images([item["image"] for item in items])
     captions = [caption for batch in images.split(25) for caption in captioner(batch)]
     varied = diversity(captions)
     print(
@@ -157,11 +156,17 @@ def _show_samples(result: Any) -> None:
 
 
 def caption(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="picture files")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="picture files; with --features, ids in there")],
     checkpoint: Annotated[Path, typer.Option(help="a run's --out, or one checkpoint in it")],
     beam: Annotated[int, typer.Option(help="captions kept at each word; 1 is greedy")] = 3,
     length_penalty: Annotated[float, typer.Option(help="0 compares log p, 1 log p per word: longer captions")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="pictures at a time")] = 64,
+    attention: Annotated[
+        Path | None, typer.Option(help="draw where the model looked for each word, into this .png, .pdf, ...")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="of a model trained on precomputed features: the file or folder that has the images'")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Print PATH<TAB>CAPTION for each picture; pictures that cannot be read are listed on stderr, with status 1."""
@@ -170,17 +175,31 @@ def caption(
 
     if batch_size < 1:
         raise bad("caption", "--batch-size", "be at least 1", batch_size, "pass --batch-size 64")
+    if attention is not None:
+        from fastcap.train import attention_pictures
+
+        attention_pictures.check(attention, len(images))
     captioner = Captioner.load(checkpoint, find_device(device))
-    unread = []
-    for path, said, reason in captioner.files(images, beam=beam, length_penalty=length_penalty, batch_size=batch_size):
-        if said is None:
-            unread.append(reason)
+    options = {"beam": beam, "length_penalty": length_penalty, "batch_size": batch_size}
+    if features is not None:
+        from fastcap.data import RegionFeatures
+
+        options["features"] = RegionFeatures(features)
+    unread, drawn = [], []
+    for told in captioner.files(images, **options):
+        if told.caption is None:
+            unread.append(told.reason)
         else:
-            print(f"{path}\t{said}", flush=True)
+            print(f"{told.path}\t{told.caption}", flush=True)
+            drawn += [told] if attention is not None else []
     for reason in unread:
         print(" ".join(reason.split()), file=sys.stderr)
     if unread:
         print(f"fastcap caption: {len(unread)} of {len(images)} pictures could not be read", file=sys.stderr)
+    if drawn:
+        attention_pictures.draw_files(attention, captioner, drawn)
+        print(f"attention: {attention}", file=sys.stderr)
+    if unread:
         raise typer.Exit(1)
 
 
@@ -216,18 +235,33 @@ def _say_written(summary: Any) -> None:
 
 
 def demo(
-    data: Annotated[str, typer.Option(help="emoji, scenes, or auto: emoji where a colour emoji font is installed")] = "auto",
+    story: Annotated[
+        str, typer.Option(help="smile: MLE against SMILE, masked and by fastcap; attention: none, soft, hard, and coverage")
+    ] = "smile",
+    data: Annotated[
+        str,
+        typer.Option(help="emoji, scenes, or auto: for smile emoji where a colour emoji font is installed, else scenes"),
+    ] = "auto",
     out: Annotated[str, typer.Option(help="folder for data, runs, numbers and pictures")] = "build/demo",
-    seed: Annotated[int, typer.Option(help="of data, weights and order")] = 0,
+    seed: Annotated[int, typer.Option(help="of weights, order and, for smile, data; for attention the first of three")] = 0,
     scale: Annotated[float, typer.Option(help="factor on the numbers of steps")] = 1.0,
 ) -> None:
-    """Train with MLE, then with SMILE, masked and by fastcap, on pictures made here; compare losses, time and captions."""
-    from fastcap.train.demo import run
-
+    """Train captioners on pictures made here, and compare them: by their losses, or by where they look."""
+    if story not in ("smile", "attention"):
+        raise bad("demo", "story", "be one of 'smile', 'attention'", story, "pass smile")
+    again = "it starts anew next time"
     try:
-        run(data, out, seed=seed, scale=scale)
+        if story == "smile":
+            from fastcap.train.demo import run
+
+            run(data, out, seed=seed, scale=scale)
+        else:
+            from fastcap.train.demo_attention import run
+
+            again = "the same command goes on with it"
+            run(out, seed=seed, scale=scale, dataset=data)
     except KeyboardInterrupt:
-        print("fastcap: the demo was interrupted; it starts anew next time", file=sys.stderr)
+        print(f"fastcap: the demo was interrupted; {again}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -218,3 +218,28 @@ def test_the_demo_leaves_a_run_that_it_did_not_make_alone(tmp_path):
     made = _fresh(tmp_path / "new")
     (made / "log.jsonl").write_text("{}")
     assert not (_fresh(made) / "log.jsonl").exists()
+
+
+def test_a_model_of_precomputed_features_captions_what_its_file_has(fastcap, scenes, tmp_path):
+    """Trained and used by the command line alone; regions differ in number, so a batch of them is padded."""
+    import json
+
+    import numpy as np
+
+    document = json.loads((scenes / "dataset_scenes.json").read_text())
+    ids = [record["imgid"] for record in document["images"]]
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "regions.npz", **{str(i): rng.normal(size=(3 + i % 3, 6)).astype("f4") for i in ids})
+    options = ("--features", tmp_path / "regions.npz")
+    status, _, err = fastcap("train", "--data", scenes, "--out", tmp_path / "run", *options, "--coverage", 1, *SMALL)
+    assert status == 0, err
+    status, out, err = fastcap("caption", "--checkpoint", tmp_path / "run", *options, *ids[:5])
+    assert status == 0, err
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(i) for i in ids[:5]]
+    status, out, err = fastcap("caption", "--checkpoint", tmp_path / "run", *options, ids[0], "no-such-image")
+    assert status == 1 and len(out.splitlines()) == 1 and "got 'no-such-image'; pass one such as" in err
+    drawn = ("--attention", tmp_path / "a.png")
+    status, _, err = fastcap("caption", "--checkpoint", tmp_path / "run", *options, ids[0], *drawn)
+    assert status == 2 and "regions of precomputed features have none to draw on" in err
+    status, _, err = fastcap("caption", "--checkpoint", tmp_path / "run", ids[0])
+    assert status == 2 and "features must be given where the model was trained on them, and only there, got 'none'; " in err

@@ -1,19 +1,45 @@
-"""A trained checkpoint at work: pictures in, captions out."""
+"""A trained checkpoint at work: pictures in, captions out, and where the model looked for each word."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastcap import data, models
+from fastcap.data.batching import stack_images
 from fastcap.errors import bad
 
 from . import checkpoint
+
+
+class CaptionedFile(NamedTuple):
+    """A picture file with its caption: the text, the ids that were decoded, and the picture as the model took it.
+
+    Of a file that cannot be read `caption`, `ids` and `image` are None, and `reason` says why.
+    """
+
+    path: str
+    caption: str | None
+    reason: str
+    ids: list[int] | None = None
+    image: Tensor | None = None
+
+
+Centres = tuple[Sequence[float], Sequence[float]]
+"""Where the rows and the columns of a grid of locations look, in shares of the picture's height and width."""
+
+
+class Attended(NamedTuple):
+    """The words of a caption, and for each where the model looked: maps [words, rows, columns], each with sum 1."""
+
+    words: list[str]
+    maps: Tensor
 
 
 class Captioner:
@@ -39,6 +65,11 @@ class Captioner:
 
     def __call__(self, images: Tensor, *, beam: int = 1, length_penalty: float = 0.0) -> list[str]:
         """Captions of images [B, 3, S, S] in [-1, 1]: greedy, or the best of a beam."""
+        found = self.ids(images, beam=beam, length_penalty=length_penalty)
+        return [self.tokenizer.decode(ids) for ids in found]
+
+    def ids(self, images: Tensor, *, beam: int = 1, length_penalty: float = 0.0) -> list[list[int]]:
+        """The captions as the tokenizer's ids, without start and end."""
         images, words = images.to(self.device), self.tokenizer
         ids = {"start_id": words.start_id, "end_id": words.end_id, "forbidden": (words.pad_id, words.start_id)}
         ids["max_length"] = self.max_length + 1  # the end is one
@@ -46,7 +77,96 @@ class Captioner:
             found = models.greedy(self.model, images, **ids)
         else:
             found = models.beam_search(self.model, images, beam_size=beam, length_penalty=length_penalty, **ids)
-        return [self.tokenizer.decode(ids) for ids in found.lists()]
+        return found.lists()
+
+    @torch.no_grad()
+    def attention(self, images: Tensor, captions: Sequence[str | Sequence[int]]) -> list[Attended]:
+        """Where the model looked for each word of its captions: one forward pass over the given words.
+
+        The map of a word is the attention with which the model predicted it, after the words before; of a word in pieces,
+        the mean of its pieces'. `fastcap.train.attention_pictures.draw` makes the figure.
+
+        Args:
+            images: [B, 3, S, S] in [-1, 1].
+            captions: of each image, the ids that `ids` gives, or a text, which is cut into the tokenizer's words.
+
+        Raises:
+            FastcapError: the model has no attention, or its locations are no grid of the picture.
+
+        >>> captioner = Captioner.load("runs/scenes")                     # doctest: +SKIP
+        >>> images = captioner.read("photo.png").unsqueeze(0)             # doctest: +SKIP
+        >>> words, maps = captioner.attention(images, captioner(images))[0]  # doctest: +SKIP
+        """
+        if isinstance(captions, str) or len(captions) != len(images):
+            got = f"{len(captions)} for {len(images)} images" if not isinstance(captions, str) else captions
+            raise bad("caption", "captions", "be one for each image", got, "pass a list of them")
+        if len(captions) == 0:
+            return []
+        encode = self.tokenizer.encode
+        ids = [encode(caption) if isinstance(caption, str) else self._to_end(caption) for caption in captions]
+        images = images.to(self.device)
+        # Row b reads start, w_1, .., w_n-1 and so predicts w_1, .., w_n; what stands after is not looked at.
+        inputs = torch.full((len(ids), max(1, *map(len, ids))), self.tokenizer.pad_id)
+        for row, known in zip(inputs, ids, strict=True):
+            row[: max(1, len(known))] = torch.tensor([self.tokenizer.start_id, *known[:-1]])
+        alphas = self.model(images, inputs.to(self.device))[1]
+        if alphas is None:
+            remedy = "caption with a show-attend-tell checkpoint, or leave attention out"
+            raise bad("caption", "model", "have attention to show", getattr(self.model, "name", "one without"), remedy)
+        rows, columns = self._grid(images, alphas.shape[2])
+        made = []
+        for row, alpha in zip(ids, alphas.float().cpu(), strict=True):
+            words, ends = self._pieces(row)
+            maps = [alpha[first:end].mean(0) for first, end in zip([0, *ends], ends, strict=False)]
+            maps = torch.stack(maps) if maps else alpha[:0]
+            made.append(Attended(words, maps.view(-1, rows, columns)))
+        return made
+
+    def centres(self, images: Tensor) -> Centres | None:
+        """The middles of what the locations see, where the encoder knows better than that they tile the picture.
+
+        A convolution of stride 2 looks around every second pixel beginning with the first, so that after several of them
+        a location sees what lies half a tile above and to the left of its own.
+        """
+        find = getattr(getattr(self.model, "encoder", None), "centres", None)
+        return None if find is None else find(images)
+
+    def _to_end(self, ids: Iterable[int]) -> list[int]:
+        kept = list(itertools.takewhile(lambda i: i != self.tokenizer.end_id, map(int, ids)))
+        for i in kept:
+            if not 0 <= i < self.tokenizer.vocab_size:
+                rule = f"have ids in [0, {self.tokenizer.vocab_size})"
+                raise bad("caption", "captions", rule, i, "pass what `ids` of the same captioner gave")
+        return kept
+
+    def _pieces(self, ids: list[int]) -> tuple[list[str], list[int]]:
+        """The words of a caption, and after how many ids each is complete."""
+        words: list[str] = []
+        ends: list[int] = []
+        known: list[int] = []  # of a word that pieces may continue, and of those before it
+        for end, i in enumerate(ids, 1):
+            if i == self.tokenizer.unk_id:  # decoding drops it, but the model did predict it
+                words, ends, known = [*words, "<unk>"], [*ends, end], []
+                continue
+            before, said = len(self.tokenizer.decode(known).split()), self.tokenizer.decode([*known, i]).split()
+            known.append(i)
+            if len(said) > before:
+                words.append(said[-1])
+                ends.append(end)
+            elif said and words:
+                words[-1], ends[-1] = said[-1], end
+        return words, ends
+
+    def _grid(self, images: Tensor, locations: int) -> tuple[int, int]:
+        """(rows, columns) in which the locations tile the picture."""
+        find = getattr(getattr(self.model, "encoder", None), "grid", None)
+        side = math.isqrt(locations)
+        grid = find(images) if find is not None else (side, side)
+        if grid is None or grid[0] * grid[1] != locations:
+            got = f"{locations} locations" + ("" if grid is None else f" for a grid of {grid[0]} x {grid[1]}")
+            remedy = "regions of precomputed features have none to draw on; train with an encoder of pictures, such as conv"
+            raise bad("caption", "attention", "lie on a grid of the picture", got, remedy)
+        return grid
 
     def read(self, path: str | Path) -> Tensor:
         """A picture file as the model takes it, [3, S, S] in [-1, 1]; transparent pictures lie on white."""
@@ -59,21 +179,40 @@ class Captioner:
         return (torch.tensor(pixels).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
 
     def files(
-        self, paths: Iterable[str | Path], *, beam: int = 1, length_penalty: float = 0.0, batch_size: int = 64
-    ) -> Iterator[tuple[str, str | None, str]]:
-        """(path, caption, "") for each picture, in order, or (path, None, why) for one that cannot be read."""
+        self,
+        paths: Iterable[str | Path],
+        *,
+        beam: int = 1,
+        length_penalty: float = 0.0,
+        batch_size: int = 64,
+        features: data.RegionFeatures | None = None,
+    ) -> Iterator[CaptionedFile]:
+        """Each picture with its caption, or why it cannot be read, in order.
+
+        features: of a model that was trained on precomputed features; the paths are then the ids that they are stored by.
+        """
+        if isinstance(self.model.encoder, models.FeatureEncoder) != (features is not None):
+            rule, given = (
+                "be given where the model was trained on them, and only there",
+                "none" if features is None else "some",
+            )
+            raise bad("caption", "features", rule, given, "see `features` in the checkpoint's configuration")
+        read_one = self.read if features is None else lambda id: torch.from_numpy(features[id])
         paths = iter(paths)
         while batch := list(itertools.islice(paths, batch_size)):
             read: dict[int, Tensor] = {}
             reasons: dict[int, str] = {}
             for i, path in enumerate(batch):
                 try:
-                    read[i] = self.read(path)
+                    read[i] = read_one(path)
                 except ValueError as error:
                     reasons[i] = str(error)
-            captions: dict[int, str] = {}
+            found: dict[int, list[int]] = {}
             if read:
-                found = self(torch.stack(list(read.values())), beam=beam, length_penalty=length_penalty)
-                captions = dict(zip(read, found, strict=True))
+                ids = self.ids(stack_images(list(read.values())), beam=beam, length_penalty=length_penalty)
+                found = dict(zip(read, ids, strict=True))
             for i, path in enumerate(batch):
-                yield str(path), captions.get(i), reasons.get(i, "")
+                if i in reasons:
+                    yield CaptionedFile(str(path), None, reasons[i])
+                else:
+                    yield CaptionedFile(str(path), self.tokenizer.decode(found[i]), "", found[i], read[i])

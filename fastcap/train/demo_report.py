@@ -11,6 +11,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from .demo import DemoResult
+    from .demo_attention import AttentionResult
 
 _console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
 
@@ -22,6 +23,14 @@ _SCORES = {
     "fact_precision": ("fact precision", "{:.3f}"),
     "fact_recall": ("fact recall", "{:.3f}"),
     "oracle_r1": ("oracle R@1", "{:.3f}"),
+}
+_ATTENTION_SCORES = {
+    "val_ce": ("validation CE", "{:.3f}"),
+    "coverage": ("coverage R", "{:.1f}"),
+    "oracle_r1": ("oracle R@1", "{:.3f}"),
+    "fact_precision": ("precision", "{:.3f}"),
+    "fact_recall": ("recall", "{:.3f}"),
+    "mean_length": ("words", "{:.1f}"),
 }
 
 
@@ -61,6 +70,39 @@ def compare(made: DemoResult) -> None:
         if all(key in scores for scores in made.scores.values()):
             table.add_row(label, *(form.format(scores[key]) for scores in made.scores.values()))
     _console.print()
+    _console.print(table)
+    say(f"{made.seconds:.0f} s in all.")
+
+
+def attention_line(scores: dict[str, float | None]) -> str:
+    """The scores of one run."""
+    shown = {name: column for name, column in _ATTENTION_SCORES.items() if scores[name] is not None}
+    return ", ".join(f"{label} {form.format(scores[name])}" for name, (label, form) in shown.items())
+
+
+def compare_attention(made: AttentionResult, labels: dict[str, str]) -> None:
+    """For each way to attend the mean over the seeds, and each seed; then the trends, held or not."""
+    table = Table(title=f"Attention on scenes, MLE, {made.steps} steps, seeds {made.seeds}", title_justify="left")
+    table.add_column("")
+    for label, _ in _ATTENTION_SCORES.values():
+        table.add_column(label, justify="right")
+    for name, label in labels.items():
+        seeds = made.scores[name]
+        columns = {key: [scores[key] for scores in seeds] for key in _ATTENTION_SCORES}
+        means = {key: None if None in values else sum(values) / len(values) for key, values in columns.items()}
+        for title, scores in ((label, means), *((f"  seed {k}", one) for k, one in zip(made.seeds, seeds, strict=True))):
+            cells = ["" if scores[key] is None else form.format(scores[key]) for key, (_, form) in _ATTENTION_SCORES.items()]
+            table.add_row(title, *cells, style="bold" if scores is means else "dim")
+        table.add_section()
+    _console.print()
+    _console.print(table)
+    say("Validation CE per word and coverage R per caption, sum over locations of (1 - sum over words of alpha)^2, with the "
+        "words given; the rest of greedy captions of test pictures.")  # fmt: skip
+    table = Table(title="Expected, and what these runs show", title_justify="left", show_header=False)
+    for trend in made.trends:
+        form = _ATTENTION_SCORES[trend.score][1]
+        against = f"{form.format(trend.mean)} against {form.format(trend.other_mean)}"
+        table.add_row(trend.expected, against, trend.verdict)
     _console.print(table)
     say(f"{made.seconds:.0f} s in all.")
 
