@@ -321,7 +321,7 @@ def build(shape: str, dtype: str, variant: str, mode: str, providers: Sequence[s
         raise Skip(f"needs about {need / 1e9:.1f} GB with the check in {exact_in}, {free / 1e9:.1f} GB are free")
     inputs = draw(shape, kind, device)
     at_blip = draw("blip", kind, device) if any(name.endswith("-blip") for name in providers) else None
-    chosen = _backend.select(OPERATION, torch.device(device).type)
+    chosen = _backend.select(OPERATION, torch.device(device).type, _backend.NO_CUDA)
     of_peers = losses(inputs.target, V, kind, variant, device)
 
     def traffic(grad_weight: str = "dense") -> floors.Traffic:

@@ -121,3 +121,72 @@ def linear_subset_cross_entropy(
         "accumulate": 2 * used * H * itemsize,
     }[grad_weight]
     return Traffic(2 * read - 8 * counts.positions + written, 3 * flops)
+
+
+def additive_attention(B: int, L: int, A: int, D: int, itemsize: int, *, steps: int, backward: bool) -> Traffic:
+    """The floor of `steps` calls of additive_attention to the same keys [B, L, A] and values [B, L, D].
+
+    Each step reads keys and values whole, forward, and again backward (for the gradients of query and alpha), for the next
+    step is not known before; their gradients are written once. One more read of keys serves the gradient of keys where there
+    are several steps, one step has it on the way. What is of the size of queries, contexts and alphas is left out.
+
+    FLOPs: 4 a key forward (add, activation, multiply, add) and 8 backward (add, activation, its slope, and the products and
+    sums for the gradients of keys, query and v), 2 a value forward and 3 backward.
+    """
+    keys, values = B * L * A, B * L * D
+    moved = steps * (keys + values)
+    flops = steps * (4 * keys + 2 * values)
+    if backward:
+        moved += steps * (keys + values) + keys + values + (keys if steps > 1 else 0)
+        flops += steps * (8 * keys + 3 * values)
+    return Traffic(moved * itemsize, flops)
+
+
+def attention_coverage_from_scores(B: int, heads: int, T: int, L: int, E: int, itemsize: int, *, backward: bool) -> Traffic:
+    """The floor of attention_coverage_from_scores, with queries [B, heads, T, E] and keys [B, heads, L, E].
+
+    Bytes: queries and keys read, and again backward, where their gradients are written; the [B, heads, T, L] weights are
+    written nowhere, and the sums [B, heads, L] are left out. FLOPs: of the matrix products alone: the scores, made again
+    backward, and two for the gradients.
+    """
+    inputs, product = B * heads * (T + L) * E * itemsize, 2 * B * heads * T * L * E
+    return Traffic(3 * inputs, 4 * product) if backward else Traffic(inputs, product)
+
+
+def training_step(B: int, T: int, L: int, A: int, D: int, H: int, V: int, parameters: int) -> Traffic:
+    """The floor of a float32 training step of Show, Attend and Tell on given annotations, with AdamW.
+
+    Bytes: those of T steps of attention whose values want no gradient, and 28 a parameter for AdamW, which reads it, its
+    gradient and two moments, and writes it and the moments. FLOPs: of matrix products, 2 a number of a weight and row that
+    meet, and twice that backward (the keys' projection has no gradient of its input): keys B L rows, head B T rows,
+    the LSTM's, the query's and the output's B T rows.
+    """
+    attention = additive_attention(B, L, A, D, 4, steps=T, backward=True)
+    products = 2 * 2 * B * L * D * A + 3 * 2 * B * T * (H * V + (D + 2 * H) * 4 * H + H * A + (H + D) * H)
+    return Traffic(attention.bytes - 4 * B * L * D + 28 * parameters, attention.flops + products)
+
+
+def attention_coverage(
+    B: int, heads: int, T: int, L: int, itemsize: int, *, valid: int | None = None, backward: bool
+) -> Traffic:
+    """The floor of attention_coverage of alpha [B, heads, T, L].
+
+    Forward: the valid rows of alpha, read once. Backward: the residual of each location is written by the forward and read
+    again (4 bytes each), and the gradient is written: one row a caption and head where all steps are valid, which a view
+    repeats, else all of it.
+
+    FLOPs: an addition for each element read; a subtraction, a product and an addition for each location; and backward a
+    product for each.
+
+    Args:
+        B, heads, T, L: captions, heads, steps and locations.
+        itemsize: bytes of an element of alpha.
+        valid: the valid steps of all captions together; None: B * T, and no step may be left out.
+        backward: whether the gradient is formed too.
+    """
+    sums = B * heads * L
+    read = heads * (B * T if valid is None else valid) * L
+    if not backward:
+        return Traffic(read * itemsize, read + 3 * sums)
+    written = sums if valid is None else sums * T
+    return Traffic((read + written) * itemsize + 2 * 4 * sums, read + 4 * sums)

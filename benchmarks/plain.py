@@ -144,3 +144,12 @@ def linear_exact(
     if words is not None:
         dweight = torch.sparse_coo_tensor(words[None], dweight, (V, dweight.shape[1]), check_invariants=False)
     return loss, dhidden, dweight
+
+
+# Attention --------------------------------------------------------------------------------------------------------------
+
+
+def attend(keys: Tensor, query: Tensor, v: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """(context [B, D], alpha [B, L]) of keys [B, L, A], query [B, A], v [A] and values [B, L, D]: as decoders write it."""
+    alpha = torch.softmax(torch.tanh(keys + query.unsqueeze(1)) @ v, dim=1)
+    return torch.bmm(alpha.unsqueeze(1), values).squeeze(1), alpha
