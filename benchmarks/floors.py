@@ -157,13 +157,13 @@ def training_step(B: int, T: int, L: int, A: int, D: int, H: int, V: int, parame
     """The floor of a float32 training step of Show, Attend and Tell on given annotations, with AdamW.
 
     Bytes: those of T steps of attention whose values want no gradient, and 28 a parameter for AdamW, which reads it, its
-    gradient and two moments, and writes it and the moments. FLOPs: of matrix products, 2 a number of a weight and row that
-    meet, and twice that backward (the keys' projection has no gradient of its input): keys B L rows, head B T rows,
-    the LSTM's, the query's and the output's B T rows.
+    gradient and two moments, and writes it and the moments. FLOPs: of matrix products alone, 2 for a row and a number of a
+    weight that meet, and twice that backward (half of it for the keys' projection, whose input wants no gradient): keys B L
+    rows; head, LSTM, query and output B T rows.
     """
     attention = additive_attention(B, L, A, D, 4, steps=T, backward=True)
     products = 2 * 2 * B * L * D * A + 3 * 2 * B * T * (H * V + (D + 2 * H) * 4 * H + H * A + (H + D) * H)
-    return Traffic(attention.bytes - 4 * B * L * D + 28 * parameters, attention.flops + products)
+    return Traffic(attention.bytes - 4 * B * L * D + 28 * parameters, products)
 
 
 def attention_coverage(

@@ -12,9 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from fastcap.benchmarks import __main__ as runner
+from fastcap.benchmarks import (
+    bench_additive_attention,
+    bench_attention_coverage,
+    bench_attention_coverage_from_scores,
+    bench_training,
+    captions,
+    floors,
+    harness,
+    peers,
+    plain,
+    report,
+    timing,
+)
 from fastcap.benchmarks import bench_linear_subset_cross_entropy as linear
 from fastcap.benchmarks import bench_subset_cross_entropy as subset
-from fastcap.benchmarks import captions, floors, harness, peers, plain, report, timing
 from fastcap.benchmarks.harness import Case, Goal, Problem, Provider, Settings
 
 import fastcap
@@ -403,6 +415,68 @@ def test_every_variant_is_computed_alike_by_all_who_can(module):
             assert {f"cpp{form}" for form in forms.get(case.variant, ())} <= set(case.providers)
             assert case.variant != "subset" or {"reference-sparse", "reference-accumulate"} <= done.keys()
             assert case.variant != "full" or "cross_entropy" in done
+
+
+ATTENTION = [bench_additive_attention, bench_attention_coverage, bench_attention_coverage_from_scores, bench_training]
+
+
+@pytest.mark.parametrize("module", ATTENTION, ids=lambda module: module.OPERATION)
+def test_attention_is_computed_alike_by_all_who_can(module):
+    """Ours and plain torch's, outputs and gradients, against float64, at the tiny shape in every variant and mode."""
+    cases = module.cases(TINY)
+    assert len(cases) == len({case.name for case in cases}) >= 2
+    for case in cases:
+        rows = [result.row for result in harness.measure(case, TINY)]
+        assert {row["status"] for row in rows} <= {"ok", "unavailable"}, report.table(rows)
+        done = {row["provider"]: row for row in rows if row["status"] == "ok"}
+        assert "cpp" in done or not fastcap.backends()["cpp"]
+        assert any(row["kind"] == "peer" for row in done.values())
+        assert all(row["errors"] for row in done.values() if row["kind"] not in ("floor", "scale"))
+
+
+@pytest.mark.parametrize("module", ATTENTION, ids=lambda module: module.OPERATION)
+def test_goals_of_attention_name_providers_of_their_case(module):
+    promised = 0
+    for case in module.cases(Settings("default", "cpu")):
+        for goal in case.goals:
+            assert goal.provider in case.providers and goal.against in (*case.providers, ""), (case.name, goal)
+            promised += 1
+    assert promised
+
+
+def test_floor_of_additive_attention_by_hand():
+    # 2 images, 3 locations, keys of 4 and values of 5 numbers: 24 keys, 30 values
+    given = dict(B=2, L=3, A=4, D=5, itemsize=4)
+    assert floors.additive_attention(**given, steps=1, backward=False) == floors.Traffic(54 * 4, 24 * 4 + 30 * 2)
+    one = floors.additive_attention(**given, steps=1, backward=True)  # read twice, written once
+    assert one == floors.Traffic(3 * 54 * 4, 24 * 12 + 30 * 5)
+    three = floors.additive_attention(**given, steps=3, backward=True)  # read 3 + 3 times, keys once more, written once
+    assert three == floors.Traffic((6 * 54 + 24 + 54) * 4, 3 * (24 * 12 + 30 * 5))
+
+
+def test_floor_of_coverage_by_hand():
+    # 2 captions of 3 steps over 4 locations, one head: 24 weights, 8 sums, which are written and read in float32
+    given = dict(B=2, heads=1, T=3, L=4, itemsize=2)
+    assert floors.attention_coverage(**given, backward=False) == floors.Traffic(24 * 2, 24 + 3 * 8)
+    assert floors.attention_coverage(**given, backward=True) == floors.Traffic((24 + 8) * 2 + 64, 24 + 4 * 8)
+    ragged = floors.attention_coverage(**given, valid=5, backward=True)  # 20 weights read, 24 gradients written
+    assert ragged == floors.Traffic((20 + 24) * 2 + 64, 20 + 4 * 8)
+
+
+def test_floor_of_coverage_from_scores_by_hand():
+    # 2 captions, 1 head, 3 steps, 4 locations, 5 features: queries of 30 numbers and keys of 40; a product: 2*2*3*4*5 FLOPs
+    given = dict(B=2, heads=1, T=3, L=4, E=5, itemsize=4)
+    assert floors.attention_coverage_from_scores(**given, backward=False) == floors.Traffic(280, 240)
+    assert floors.attention_coverage_from_scores(**given, backward=True) == floors.Traffic(3 * 280, 4 * 240)
+
+
+def test_floor_of_a_training_step_by_hand():
+    # 1 caption of 2 words over 3; 4 locations of 5 numbers; attention 6, state 7 wide; 100 parameters
+    found = floors.training_step(1, 2, 4, 6, 5, 7, 3, 100)
+    keys, values = 4 * 6, 4 * 5
+    moved = 2 * (keys + values) * 2 + keys + keys  # T steps forward and backward, keys once more, their gradient
+    products = 2 * 2 * 4 * 5 * 6 + 3 * 2 * 2 * (7 * 3 + (5 + 14) * 28 + 7 * 6 + (7 + 5) * 7)
+    assert found == floors.Traffic(4 * moved + 2800, products)
 
 
 def test_ids_name_provider_shape_dtype_and_mode():
