@@ -175,6 +175,9 @@ def caption(
 
     if batch_size < 1:
         raise bad("caption", "--batch-size", "be at least 1", batch_size, "pass --batch-size 64")
+    if attention is not None and features is not None:
+        remedy = "leave one of them out: regions of precomputed features have no grid to draw on"
+        raise bad("caption", "--attention", "come without --features", str(attention), remedy)
     if attention is not None:
         from fastcap.train import attention_pictures
 

@@ -9,12 +9,10 @@ Floor, bytes of a caption: forward T (h) + T (rows of W) times H; backward the s
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from fastcap.kernels._common import acc_of, block_of, softcap
+from fastcap.kernels._common import acc_of, block_of, factors_of, softcap
 
-TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 MAX_TOKENS = 64  # of a caption, above which the [T, T] block would not fit in registers
 
 
@@ -164,10 +162,5 @@ class CaptionKernels:
 
 def _tiles(x, target):
     """Blocks of the kernels of a caption, and how float32 is multiplied: as torch has been told."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    precision = "tf32" if x.dtype == torch.float32 and allowed else "ieee"
-    factor = TYPES[x.dtype]
-    if not x.is_cuda and x.device.type != "meta" and factor == tl.bfloat16:
-        factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16
+    precision, factor = factors_of(x)
     return {"PRECISION": precision, "FACTOR": factor, "BLOCK_T": block_of(target.shape[1], MAX_TOKENS), "BLOCK_H": 64}

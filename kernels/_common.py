@@ -19,6 +19,7 @@ TYPE_NAMES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
+TYPES = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 class Launch(NamedTuple):
@@ -86,6 +87,26 @@ def block_of(n: int, most: int) -> int:
 def acc_of(tensor: torch.Tensor) -> tl.dtype:
     """What sums of its elements run in."""
     return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+
+
+def factors_of(x: torch.Tensor) -> tuple[str, tl.dtype]:
+    """How tl.dot multiplies factors that come as `x` is, and in what dtype: float32 as torch has been told."""
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    factor = TYPES[x.dtype]
+    if not x.is_cuda and x.device.type != "meta" and factor == tl.bfloat16:
+        factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16
+    return "tf32" if x.dtype == torch.float32 and allowed else "ieee", factor
+
+
+@triton.jit
+def counting(mask_ptr, mask_strides, i_b, o, N):
+    """Which of the steps or locations o there are, and count: mask [B, N] of numbers, or none."""
+    counts = o < N
+    if mask_ptr is not None:
+        p_mask = mask_ptr + i_b * mask_strides[0] + o.to(tl.int64) * mask_strides[1]
+        counts = counts & (tl.load(p_mask, mask=counts, other=0) != 0)
+    return counts
 
 
 @triton.jit

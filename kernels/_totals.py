@@ -1,4 +1,4 @@
-"""Totals over a batch's tokens, each by one program, so that the sum has one order."""
+"""Totals over a batch, each by one program, so that the sum has one order."""
 
 from __future__ import annotations
 
@@ -37,3 +37,18 @@ def reduce_kernel(loss_ptr, inv_denom_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
         total += tl.load(loss_ptr + o_n, mask=o_n < N, other=0.0)
     factor = tl.load(inv_denom_ptr)
     tl.store(out_ptr, tl.where(factor == 0, 0.0, tl.sum(total, 0) * factor))
+
+
+@triton.jit
+def scaled_sum_kernel(part_ptr, out_ptr, N, scale: tl.float64, BLOCK_N: tl.constexpr):
+    """The sum of N parts, times `scale`."""
+    total = tl.zeros((BLOCK_N,), part_ptr.dtype.element_ty)
+    for start in range(0, N, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        total += tl.load(part_ptr + o_n, mask=o_n < N, other=0.0)
+    tl.store(out_ptr, tl.sum(total, 0) * tl.full((), scale, part_ptr.dtype.element_ty))
+
+
+def divisor(pairs: int, L: int, reduction: str) -> int:
+    """What the sum over captions and heads, `pairs` of them, and L locations is divided by."""
+    return {"mean": pairs * L, "batchmean": pairs}.get(reduction, 1)

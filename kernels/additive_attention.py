@@ -23,18 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from fastcap.kernels._activations import activate, slope
-from fastcap.kernels._common import Launch, acc_of, block_of, run
+from fastcap.kernels._common import Launch, acc_of, block_of, counting, run
 from fastcap.kernels._subset import merge
-
-
-@triton.jit
-def _counting(mask_ptr, mask_strides, i_b, o_l, L):
-    """Which of the locations o_l there are, and count."""
-    counts = o_l < L
-    if mask_ptr is not None:
-        p_mask = mask_ptr + i_b * mask_strides[0] + o_l.to(tl.int64) * mask_strides[1]
-        counts = counts & (tl.load(p_mask, mask=counts, other=0) != 0)
-    return counts
 
 
 @triton.jit
@@ -55,7 +45,7 @@ def _scores_kernel(
     """The scores of BLOCK_L locations, written where alpha will be."""
     i_b = tl.program_id(0).to(tl.int64) // NUM_BLOCKS
     o_l = tl.program_id(0) % NUM_BLOCKS * BLOCK_L + tl.arange(0, BLOCK_L)
-    counts = _counting(mask_ptr, mask_strides, i_b, o_l, L)
+    counts = counting(mask_ptr, mask_strides, i_b, o_l, L)
     parts = tl.zeros((BLOCK_L, BLOCK_A), ACC)
     for start in range(0, A, BLOCK_A):
         o_a = start + tl.arange(0, BLOCK_A)
@@ -74,13 +64,13 @@ def _softmax_kernel(mask_ptr, alpha_ptr, mask_strides, L, ACC: tl.constexpr, BLO
     tops, sums = tl.full((BLOCK_L,), float("-inf"), ACC), tl.zeros((BLOCK_L,), ACC)
     for start in range(0, L, BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
-        counts = _counting(mask_ptr, mask_strides, i_b, o_l, L)
+        counts = counting(mask_ptr, mask_strides, i_b, o_l, L)
         tops, sums = merge(tops, sums, tl.load(alpha_ptr + i_b * L + o_l, mask=counts, other=float("-inf")))
     top = tl.max(tops, 0)
     total = tl.sum(sums * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
     for start in range(0, L, BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
-        counts = _counting(mask_ptr, mask_strides, i_b, o_l, L)
+        counts = counting(mask_ptr, mask_strides, i_b, o_l, L)
         score = tl.load(alpha_ptr + i_b * L + o_l, mask=counts, other=0.0)
         tl.store(alpha_ptr + i_b * L + o_l, tl.where(counts, tl.exp(score - top) / total, 0.0), mask=o_l < L)
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from fastcap.kernels._common import Launch, acc_of, block_of, run
+from fastcap.kernels._totals import divisor, scaled_sum_kernel
 
 
 @triton.jit
@@ -53,16 +54,6 @@ def _attention_coverage_fwd_kernel(
         tl.store(out_ptr + o_out, r * r, mask=m_l)
     if part_ptr is not None:
         tl.store(part_ptr + tl.program_id(0), tl.sum(tl.where(m_l, r * r, 0.0), 0))
-
-
-@triton.jit
-def _attention_coverage_reduce_kernel(part_ptr, out_ptr, N, scale: tl.float64, BLOCK_N: tl.constexpr):
-    """The parts' sum times `scale`; one program, so the order is fixed."""
-    total = tl.zeros((BLOCK_N,), part_ptr.dtype.element_ty)
-    for start in range(0, N, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        total += tl.load(part_ptr + o_n, mask=o_n < N, other=0.0)
-    tl.store(out_ptr, tl.sum(total, 0) * tl.full((), scale, part_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -138,8 +129,8 @@ def plan_attention_coverage_fwd(alpha, valid, tau, out, residual, target, reduct
     ))
     if none:
         return [forward]
-    return [forward, Launch(_attention_coverage_reduce_kernel, (1,), dict(
-        part_ptr=parts, out_ptr=out, N=B * heads * num_blocks, scale=1 / _divisor(alpha, reduction),
+    return [forward, Launch(scaled_sum_kernel, (1,), dict(
+        part_ptr=parts, out_ptr=out, N=B * heads * num_blocks, scale=1 / divisor(B * heads, L, reduction),
         BLOCK_N=block_of(B * heads * num_blocks, 2048),
     ), num_warps=8)]
 
@@ -156,16 +147,10 @@ def plan_attention_coverage_bwd(grad_out, residual, valid, dalpha, reduction) ->
     return [Launch(_attention_coverage_bwd_kernel, (B * heads * num_blocks,), dict(
         grad_out_ptr=grad_out, residual_ptr=residual, valid_ptr=None if valid is None else valid.view(torch.uint8),
         dalpha_ptr=dalpha, grad_out_strides=strides, valid_strides=(0, 0) if valid is None else valid.stride(),
-        HEADS=heads, T=T, L=L // vec, NUM_BLOCKS=num_blocks, scale=-2 / _divisor(dalpha, reduction),
+        HEADS=heads, T=T, L=L // vec, NUM_BLOCKS=num_blocks, scale=-2 / divisor(B * heads, L, reduction),
         PER_LOCATION=per_location, VEC=vec, ACC=acc_of(dalpha), BLOCK_T=1 if T == 1 else 16, BLOCK_L=block_l,
     ), num_warps=2 if T == 1 else 4)]
 # fmt: on
-
-
-def _divisor(x, reduction) -> int:
-    """What the sum over captions, heads and locations is divided by."""
-    B, heads, _, L = _sizes(x)
-    return {"mean": B * heads * L, "batchmean": B * heads}.get(reduction, 1)
 
 
 def attention_coverage_fwd(alpha, valid, tau, out, residual, target, reduction) -> None:

@@ -20,18 +20,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastcap.kernels._captions import TYPES
-from fastcap.kernels._common import Launch, acc_of, block_of, run
-
-
-@triton.jit
-def _counting(mask_ptr, mask_strides, i_b, o, N):
-    """Which of the steps or locations o there are, and count: mask [B, N], or none."""
-    counts = o < N
-    if mask_ptr is not None:
-        p_mask = mask_ptr + i_b * mask_strides[0] + o.to(tl.int64) * mask_strides[1]
-        counts = counts & (tl.load(p_mask, mask=counts, other=0) != 0)
-    return counts
+from fastcap.kernels._common import Launch, acc_of, block_of, counting, factors_of, run
+from fastcap.kernels._totals import divisor, scaled_sum_kernel
 
 
 @triton.jit
@@ -101,13 +91,13 @@ def _rows_kernel(
     i_n = tl.program_id(0).to(tl.int64) // NUM_BLOCKS
     i_b, i_h = i_n // HEADS, i_n % HEADS
     o_t = tl.program_id(0) % NUM_BLOCKS * BLOCK_T + tl.arange(0, BLOCK_T)
-    m_t = _counting(valid_ptr, valid_strides, i_b, o_t, T)
+    m_t = counting(valid_ptr, valid_strides, i_b, o_t, T)
     p_query = query_ptr + i_b * query_strides[0] + i_h * query_strides[1]
     p_key = key_ptr + i_b * key_strides[0] + i_h * key_strides[1]
     top, total = tl.full((BLOCK_T,), float("-inf"), ACC), tl.zeros((BLOCK_T,), ACC)
     for start in range(0, L, BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
-        m_l = _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
+        m_l = counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
         s = _scores(
             p_query, p_key, query_strides, key_strides, o_t, m_t, o_l, m_l, E, scale,
             PRECISION, FACTOR, ACC, BLOCK_T, BLOCK_L, BLOCK_E,
@@ -121,7 +111,7 @@ def _rows_kernel(
         some = tl.zeros((BLOCK_L,), tl.int32)
         for start in range(0, L, BLOCK_L):
             o_l = start + tl.arange(0, BLOCK_L)
-            some = tl.maximum(some, _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L).to(tl.int32))
+            some = tl.maximum(some, counting(key_mask_ptr, key_mask_strides, i_b, o_l, L).to(tl.int32))
         counts = counts & (tl.max(some, 0) > 0)
     tl.store(
         lse_ptr + i_n * T + o_t, tl.where(counts, top + tl.log(tl.where(counts, total, 1.0)), float("inf")), mask=o_t < T
@@ -140,7 +130,7 @@ def _sums_kernel(
     i_n = tl.program_id(0).to(tl.int64) // NUM_BLOCKS
     i_b, i_h = i_n // HEADS, i_n % HEADS
     o_l = tl.program_id(0) % NUM_BLOCKS * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_l = _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
+    m_l = counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
     p_query = query_ptr + i_b * query_strides[0] + i_h * query_strides[1]
     p_key = key_ptr + i_b * key_strides[0] + i_h * key_strides[1]
     sums = tl.zeros((BLOCK_T, BLOCK_L), ACC)
@@ -167,16 +157,6 @@ def _sums_kernel(
 
 
 @triton.jit
-def _reduce_kernel(part_ptr, out_ptr, N, scale: tl.float64, BLOCK_N: tl.constexpr):
-    """The parts' sum times `scale`; one program, so the order is fixed."""
-    total = tl.zeros((BLOCK_N,), part_ptr.dtype.element_ty)
-    for start in range(0, N, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        total += tl.load(part_ptr + o_n, mask=o_n < N, other=0.0)
-    tl.store(out_ptr, tl.sum(total, 0) * tl.full((), scale, part_ptr.dtype.element_ty))
-
-
-@triton.jit
 def _dquery_kernel(
     grad_out_ptr, residual_ptr, lse_ptr, query_ptr, key_ptr, key_mask_ptr, delta_ptr, dquery_ptr,
     grad_out_strides, query_strides, key_strides, key_mask_strides,
@@ -197,7 +177,7 @@ def _dquery_kernel(
     delta = tl.zeros((BLOCK_T,), ACC)
     for start in range(0, L, BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)
-        m_l = _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
+        m_l = counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
         s = _scores(
             p_query, p_key, query_strides, key_strides, o_t, m_t, o_l, m_l, E, scale,
             PRECISION, FACTOR, ACC, BLOCK_T, BLOCK_L, BLOCK_E,
@@ -212,7 +192,7 @@ def _dquery_kernel(
         dq = tl.zeros((BLOCK_T, BLOCK_OUT), ACC)
         for start in range(0, L, BLOCK_L):
             o_l = start + tl.arange(0, BLOCK_L)
-            m_l = _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
+            m_l = counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
             s = _scores(
                 p_query, p_key, query_strides, key_strides, o_t, m_t, o_l, m_l, E, scale,
                 PRECISION, FACTOR, ACC, BLOCK_T, BLOCK_L, BLOCK_E,
@@ -242,7 +222,7 @@ def _dkey_kernel(
     i_n = tl.program_id(0).to(tl.int64) // NUM_BLOCKS
     i_b, i_h = i_n // HEADS, i_n % HEADS
     o_l = tl.program_id(0) % NUM_BLOCKS * BLOCK_L + tl.arange(0, BLOCK_L)
-    m_l = _counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
+    m_l = counting(key_mask_ptr, key_mask_strides, i_b, o_l, L)
     p_query = query_ptr + i_b * query_strides[0] + i_h * query_strides[1]
     p_key = key_ptr + i_b * key_strides[0] + i_h * key_strides[1]
     g = _pull(residual_ptr, grad_out_ptr, grad_out_strides, i_b, i_h, i_n, o_l, m_l, L, PER_LOCATION)
@@ -290,11 +270,7 @@ def _flags(mask, like):
 def _common(query, key, key_mask, scale) -> dict[str, object]:
     """What every kernel takes. float32 is multiplied as torch has been told."""
     (_, heads, T, E), L = query.shape, key.shape[2]
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    factor = TYPES[query.dtype]
-    if not query.is_cuda and query.device.type != "meta" and factor == tl.bfloat16:
-        factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16
+    precision, factor = factors_of(query)
     key_mask = _flags(key_mask, query)
     block_t, block_l, block_e = BLOCKS[query.element_size()]
     return dict(
@@ -302,7 +278,7 @@ def _common(query, key, key_mask, scale) -> dict[str, object]:
         query_strides=tuple(_strides(query)), key_strides=tuple(_strides(key)),
         key_mask_strides=(0, 0) if key_mask is None else key_mask.stride(),
         HEADS=heads, T=T, L=L, E=E, scale=scale,
-        PRECISION="tf32" if query.dtype == torch.float32 and allowed else "ieee", FACTOR=factor, ACC=acc_of(query),
+        PRECISION=precision, FACTOR=factor, ACC=acc_of(query),
         BLOCK_T=block_of(T, block_t), BLOCK_L=block_of(L, block_l), BLOCK_E=block_of(E, block_e),
     )  # fmt: skip
 
@@ -332,8 +308,8 @@ def plan_attention_coverage_from_scores_fwd(
         NUM_BLOCKS=blocks_l, target=target,
     )))
     if not none:
-        launches.append(Launch(_reduce_kernel, (1,), dict(
-            part_ptr=parts, out_ptr=out, N=pairs * blocks_l, scale=1 / _divisor(pairs, L, reduction),
+        launches.append(Launch(scaled_sum_kernel, (1,), dict(
+            part_ptr=parts, out_ptr=out, N=pairs * blocks_l, scale=1 / divisor(pairs, L, reduction),
             BLOCK_N=block_of(pairs * blocks_l, 2048),
         ), num_warps=8))
     return launches
@@ -351,7 +327,7 @@ def plan_attention_coverage_from_scores_bwd(
     common.update(
         grad_out_ptr=grad_out, residual_ptr=residual, lse_ptr=lse,
         grad_out_strides=grad_out.stride() if per_location else (0, 0, 0),
-        coefficient=-2 * scale / _divisor(B * heads, L, reduction), PER_LOCATION=per_location,
+        coefficient=-2 * scale / divisor(B * heads, L, reduction), PER_LOCATION=per_location,
         BLOCK_OUT=common["BLOCK_E"],
         PRECISION_W="tf32" if low else common["PRECISION"], FACTOR_W=tl.float32 if low else common["FACTOR"],
     )
@@ -369,11 +345,6 @@ def plan_attention_coverage_from_scores_bwd(
         )))
     return launches
 # fmt: on
-
-
-def _divisor(pairs: int, L: int, reduction: str) -> int:
-    """What the sum over captions, heads and locations is divided by."""
-    return {"mean": pairs * L, "batchmean": pairs}.get(reduction, 1)
 
 
 def attention_coverage_from_scores_fwd(

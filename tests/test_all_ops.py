@@ -275,6 +275,28 @@ def test_inference_needs_no_gradient(name, target):
         torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
+@every_operation
+def test_a_gradient_of_a_gradient_is_refused_whichever_way_it_is_asked_for(name, fused):
+    """A gradient penalty by .backward() and by autograd.grad: never silently without the penalty's part."""
+    operation = OPERATIONS[name]
+    for case in operation.cases()[::7]:
+        arguments = case.to(torch.float64, fused.device)
+        leaves = {i: arguments[i].requires_grad_() for i in operation.given(arguments)}
+
+        def penalised(arguments=arguments, leaves=leaves):
+            with fastcap.backend(fused.backend):
+                outputs = results_of(operation.function(**arguments))
+            total = sum(upstream(o).mul(o).sum() for o in outputs)
+            gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True, allow_unused=True)
+            return total + sum(g.square().sum() for g in gradients if g is not None)
+
+        message = rf"fastcap\.{operation.stem or name}: the gradient must not be differentiated again"
+        with pytest.raises(RuntimeError, match=message):
+            torch.autograd.grad(penalised(), list(leaves.values()), allow_unused=True)
+        with pytest.raises(RuntimeError, match=message):
+            penalised().backward()
+
+
 # On a GPU only ---------------------------------------------------------------------------------------------------------
 
 

@@ -240,6 +240,6 @@ def test_a_model_of_precomputed_features_captions_what_its_file_has(fastcap, sce
     assert status == 1 and len(out.splitlines()) == 1 and "got 'no-such-image'; pass one such as" in err
     drawn = ("--attention", tmp_path / "a.png")
     status, _, err = fastcap("caption", "--checkpoint", tmp_path / "run", *options, ids[0], *drawn)
-    assert status == 2 and "regions of precomputed features have none to draw on" in err
+    assert status == 2 and "--attention must come without --features" in err
     status, _, err = fastcap("caption", "--checkpoint", tmp_path / "run", ids[0])
     assert status == 2 and "features must be given where the model was trained on them, and only there, got 'none'; " in err

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import fastcap
 from fastcap import FastcapError
 from fastcap import functional as F_cap
 from fastcap.data import ignore_padding
+from fastcap.ops import _checks
 
 RECIPE = Path(__file__).resolve().parent.parent / "docs" / "recipes" / "show-attend-tell.md"
 B, T, V, H, L, D = 4, 6, 11, 5, 9, 7
@@ -75,8 +77,21 @@ def test_sequences_packed_differently_are_refused():
     turned = [
         pack_padded_sequence(z, n, batch_first=True, enforce_sorted=False) for z, n in ((x, [6, 4, 2, 4]), (y, [2, 4, 6, 4]))
     ]
-    with pytest.raises(FastcapError, match="target must be packed as input is"):
+    with pytest.raises(FastcapError, match=r"as input is, got 'captions in the order \[2, 1, .* against \[0, .*; pack both"):
         F_cap.subset_cross_entropy(*turned)
+    alike = [pack_padded_sequence(z, LENGTHS, batch_first=True, enforce_sorted=s) for z, s in ((x, True), (y, False))]
+    F_cap.subset_cross_entropy(*alike)
+
+
+def test_unpacking_copies_nothing_to_the_host(monkeypatch):
+    """On a GPU that would wait for it; pad_packed_sequence does."""
+    lengths = [2, 6, 4, 4]
+    packed = [pack_padded_sequence(z, lengths, batch_first=True, enforce_sorted=False) for z in (make(B, T, V), labels())]
+    monkeypatch.setattr(_checks, "checks_values", lambda tensor: False)
+    for name in ("cpu", "tolist", "item"):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, name=name: pytest.fail(f"called {name}"))
+    with fastcap.backend("reference"):
+        F_cap.subset_cross_entropy(*packed, subset="full")
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, torch.tensor(LENGTHS), torch.tensor(LENGTHS, dtype=torch.int32)])
@@ -114,7 +129,7 @@ def test_the_recipe_runs_as_it_is_written_and_its_losses_agree():
     f_beta, cell, fc = torch.nn.Linear(H, D), torch.nn.LSTMCell(E + D, H), torch.nn.Linear(H, V)
     embedding = torch.nn.Embedding(V, E)
     encoder_out = torch.randn(B, L, D)
-    captions = torch.randint(V, (B, T + 1))
+    captions = torch.randint(V, (B, T + 5))  # padded further than the longest
 
     def decoder(imgs, caps, caplens):
         lengths = [n - 1 for n in caplens]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -470,9 +471,8 @@ def test_the_estimator_is_in_expectation_the_gradient_of_the_expected_loss(monke
     for chosen in itertools.product((0, 1), repeat=2):
         losses, decoded, p = run(chosen)
         options = {"tokens": 2, "reinforce": 1.0, "entropy_weight": 0.0}
-        terms = hard_attention_loss(
-            losses, decoded.log_probs, decoded.entropy, torch.tensor(baseline, dtype=torch.float64), **options
-        )
+        moving = torch.tensor(baseline, dtype=torch.float64)
+        terms = hard_attention_loss(losses, decoded.log_probs, decoded.entropy, torch.tensor([2]), moving, **options)
         total += p.item()
         for name, gradient in _gradients(model, losses.sum() / 2 + terms).items():
             expectation[name] = expectation.get(name, 0) + p.item() * gradient
@@ -494,9 +494,9 @@ def test_the_estimator_is_in_expectation_the_gradient_of_the_expected_loss(monke
 def test_the_papers_weights_of_the_estimator():
     losses = torch.tensor([[1.0, 2.0], [3.0, 0.0]], requires_grad=True)
     log_probs, entropy = torch.tensor([[-0.5, -1.0], [-2.0, 0.0]]), torch.tensor([[0.7, 0.6], [0.5, 0.0]])
-    loss = hard_attention_loss(losses, log_probs, entropy, torch.tensor(2.0), 3)
-    # costs 3 and 3, surplus 1; log p -1.5 and -2
-    torch.testing.assert_close(loss, torch.tensor((0.1 * (-1.5 - 2.0) - 0.002 * 1.8) / 3))
+    loss = hard_attention_loss(losses, log_probs, entropy, torch.tensor([2, 1]), torch.tensor(2.0), 3)
+    # costs 3 and 3, of 2 tokens and 1, which the baseline expects to cost 4 and 2; log p -1.5 and -2
+    torch.testing.assert_close(loss, torch.tensor((0.1 * (1.5 - 2.0) - 0.002 * 1.8) / 3))
     assert not loss.requires_grad  # the cost is not differentiated here: its gradient is the cross-entropy's own
     baseline = torch.tensor(2.0)
     update_baseline(baseline, torch.tensor(3.0))
@@ -615,9 +615,39 @@ def test_a_model_of_before_the_variants_is_loaded_as_the_original(tmp_path, feat
 
 def test_the_baseline_is_saved_with_the_model(tmp_path):
     model = _model(attention="hard", **VARIANTS["tutorial"]).float()
+    start = math.log(model.config.vocab_size)  # a token's loss where nothing is known
+    assert model.baseline.item() == pytest.approx(start)
     update_baseline(model.baseline, torch.tensor(30.0))
     models.save(model, tmp_path)
-    assert models.load(tmp_path).baseline.item() == pytest.approx(3.0)
+    assert models.load(tmp_path).baseline.item() == pytest.approx(0.9 * start + 3.0)
+
+
+def test_lengths_that_do_not_fit_are_answered():
+    model = _model(**VARIANTS["original"])
+    inputs = torch.ones(3, 4, dtype=torch.int64)
+    for lengths, message in (
+        (torch.tensor([2]), r"lengths must be a tensor \[B\] = \[3\], got \[1\]"),
+        ([4, 3, 2], r"lengths must be a tensor \[B\] = \[3\], got 'list'"),
+        (torch.tensor([0, 0, 0]), r"lengths must lie in \[0, 4\], one of them above 0, got \[0, 0, 0\]"),
+        (torch.tensor([5, 1, 1]), r"lengths must lie in \[0, 4\], one of them above 0, got \[5, 1, 1\]"),
+    ):
+        with pytest.raises(FastcapError, match=r"fastcap\.models: " + message):
+            model.hidden_states(torch.zeros(3, 2, 7, dtype=torch.float64), inputs, lengths)
+
+
+@pytest.mark.parametrize("kind", ["soft", "mean"])
+def test_the_compiled_model_has_the_gradients_of_the_eager_one(kind):
+    torch._dynamo.reset()
+    model = _model(attention=kind, **VARIANTS["original"])
+    features = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    inputs = torch.tensor([[1, 5, 3], [1, 2, 4], [1, 3, 3]])
+    weight = torch.randn(3, 3, model.head.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    eager = _gradients(model, (model.hidden_states(features, inputs) * weight).sum())
+    compiled = torch.compile(model.hidden_states, backend="aot_eager")
+    traced = _gradients(model, (compiled(features, inputs) * weight).sum())
+    assert eager.keys() == traced.keys() and eager
+    for name, gradient in eager.items():
+        torch.testing.assert_close(traced[name], gradient, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -156,12 +156,12 @@ void context_forward(const AdditiveContextForward& args, int threads) {
     const Acc* weights = args.weights.as<Acc>() + b * L;
     Acc* context = args.context.as<Acc>() + b * D + begin;
     std::fill_n(context, width, Acc(0));
-    std::vector<Acc> buffer(4 * width, 0);
+    std::vector<Acc> buffer(4 * width), zeros(width, 0);
     const Acc* rows[4];
     Acc w[4];
     int filled = 0;
     const auto add = [&] {
-      for (; filled < 4; ++filled) rows[filled] = rows[0], w[filled] = 0;
+      for (; filled < 4; ++filled) rows[filled] = zeros.data(), w[filled] = 0;
       additive::add_rows(rows, w, width, context);
       filled = 0;
     };

@@ -53,10 +53,10 @@ double weights(double* x, const double* g, int64_t n, double lse) { return weigh
 template <typename Acc>
 FASTCAP_INLINE void gradients_of(Acc* x, const Acc* g, int64_t n, Acc delta) {
 #pragma omp simd
-  for (int64_t l = 0; l < n; ++l) x[l] *= g[l] - delta;
+  for (int64_t l = 0; l < n; ++l) x[l] = x[l] == 0 ? Acc(0) : x[l] * (g[l] - delta);
 }
 
-// x = P (g - delta)
+// x = P (g - delta), and 0 where P is, whatever g
 FASTCAP_CLONES void gradients(float* x, const float* g, int64_t n, float delta) { gradients_of(x, g, n, delta); }
 FASTCAP_CLONES void gradients(double* x, const double* g, int64_t n, double delta) { gradients_of(x, g, n, delta); }
 

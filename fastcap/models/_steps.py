@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fastcap.errors import bad
+
 
 class Schedule(NamedTuple):
     """Which captions each step works on: the longest first, and ever fewer of them.
@@ -43,7 +45,12 @@ def plan(inputs: Tensor, lengths: Tensor | None) -> Schedule:
     B, T = inputs.shape
     if lengths is None:  # nothing comes from the CPU, so that a CUDA graph can capture it
         return Schedule([B] * T, None, torch.arange(B * T, device=inputs.device).view(B, T).t().flatten())
+    if not isinstance(lengths, Tensor) or lengths.shape != (B,):
+        got = list(lengths.shape) if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise bad("models", "lengths", f"be a tensor [B] = [{B}]", got, "pass the number of words of each caption")
     lengths = lengths.cpu()
+    if B and not (0 <= int(lengths.min()) and 0 < int(lengths.max()) <= T):
+        raise bad("models", "lengths", f"lie in [0, {T}], one of them above 0", lengths.tolist(), "count the inputs")
     order = lengths.argsort(descending=True, stable=True)
     rows = [n for n in (lengths.unsqueeze(1) > torch.arange(T)).sum(0).tolist() if n]
     flat = torch.cat([order[:n] * T + t for t, n in enumerate(rows)])
@@ -71,10 +78,12 @@ class StepLinear:
             bias = weight.new_zeros(()) if layer.bias is None else layer.bias
             add = bias.expand(sum(rows), weight.shape[0])
         self._inputs: list[Tensor] | None = None
-        if torch.is_grad_enabled() and weight.requires_grad:
+        # torch.compile sees all steps at once, and would trace the backward before the steps leave their inputs
+        if torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
             self._inputs = []
             add = _WeightOfSteps.apply(weight, add, self._inputs)
-        self._weight, self._adds = weight.detach().t(), iter(add.split(rows))
+            weight = weight.detach()
+        self._weight, self._adds = weight.t(), iter(add.split(rows))
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self._weight.dtype)

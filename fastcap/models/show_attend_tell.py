@@ -13,6 +13,7 @@ from alpha, in place of their sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -141,7 +142,8 @@ class ShowAttendTell(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(E if config.output == "deep" else H, config.vocab_size)
         if config.attention == "hard":
-            self.register_buffer("baseline", torch.zeros(()))  # the moving mean of a caption's loss: training's
+            # the moving mean of a token's loss, for training; at first that of a model that knows nothing
+            self.register_buffer("baseline", torch.tensor(math.log(config.vocab_size)))
         self._initialise()
 
     @torch.no_grad()
@@ -205,6 +207,7 @@ class ShowAttendTell(nn.Module):
         memory = self.encode(schedule.sort(images))
         if scheduled_sampling:
             inputs = self._replace(inputs, memory, schedule, scheduled_sampling)
+            torch.clear_autocast_cache()  # before torch 2.11 it would hand weights cast without a gradient to what follows
         words = self.embed(schedule.pack(inputs))
         gate = StepLinear(self.gate, schedule.rows) if self.config.gate != "none" else None
         layers = _Layers(gate, StepLinear(self.state_gates, schedule.rows, add=self.word_gates(words)))

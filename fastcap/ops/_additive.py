@@ -1,4 +1,4 @@
-"""What `additive_attention` accepts, and the dtypes in which it computes and answers."""
+"""What `additive_attention` accepts."""
 
 from __future__ import annotations
 
@@ -6,21 +6,10 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
-from fastcap.ops import _checks
+from fastcap.ops import _checks, _dtypes
 
 OP = "additive_attention"
 ACTIVATIONS = ("tanh", "relu")
-
-
-def acc_of(keys: Tensor) -> torch.dtype:
-    """What sums run in."""
-    return torch.float64 if keys.dtype == torch.float64 else torch.float32
-
-
-def result_of(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    widened = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.float32 if widened else x.dtype
 
 
 def _check_float(name: str, x: object, remedy: str) -> None:
@@ -52,6 +41,14 @@ def check_memory(keys: Tensor, v: Tensor, values: Tensor, activation: str, mask:
         _checks.check_device(OP, "mask", mask, keys)
 
 
+def check_options(given: list, backend: str) -> None:
+    """Of an operator that is called by itself: the public functions pass nothing else."""
+    if backend not in ("cpp", "triton"):
+        raise bad(OP, "backend", "be 'cpp' or 'triton'", backend, "call the public function")
+    for activation in (value for value in given if isinstance(value, str)):
+        _checks.check_choice(OP, "activation", activation, ACTIVATIONS, "call the public function")
+
+
 def check_query(query: Tensor, keys: Tensor, rows: tuple[int] | None) -> None:
     """`rows`: how many there must be; None: up to those of keys."""
     _check_float("query", query, "pass the projected state [B, A]")
@@ -74,4 +71,4 @@ def check_weights(alpha: Tensor, keys: Tensor, rows: int | None, mask: Tensor | 
     _checks.check_device(OP, "alpha", alpha, keys)
     if mask is not None:
         alpha = alpha.masked_fill(~mask[: len(alpha)], 0.0)
-    return alpha.to(acc_of(keys)).contiguous()
+    return alpha.to(_dtypes.acc_of(keys)).contiguous()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 class _NoDoubleBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient, op):
+    def forward(ctx, gradient, op, *of):
         ctx.op = op
         return gradient.view_as(gradient)
 
@@ -19,11 +20,13 @@ class _NoDoubleBackward(torch.autograd.Function):
         )
 
 
-def once(op: str, gradient: torch.Tensor) -> torch.Tensor:
+def once(op: str, gradient: Tensor, *of: Tensor | None) -> Tensor:
     """`gradient`, made to raise a clear error if it is differentiated (only under create_graph=True is grad mode on here).
 
-    torch's once_differentiable lets a gradient through as a constant when the upstream gradient needs none: silently wrong.
+    of: what it is a function of and is linked to the graph: the upstream gradient, saved inputs, or a saved output. Without
+    such a link autograd would take the gradient for a constant on every path that matters, and be silently wrong; as does
+    torch's once_differentiable where the upstream gradient needs none.
     """
     if not torch.is_grad_enabled():
         return gradient
-    return _NoDoubleBackward.apply(gradient.detach().requires_grad_(), op)
+    return _NoDoubleBackward.apply(gradient.detach(), op, *(x for x in of if x is not None and x.requires_grad))

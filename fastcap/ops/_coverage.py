@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
-from fastcap.ops import _checks
+from fastcap.ops import _checks, _dtypes
 
 REDUCTIONS = ("none", "mean", "batchmean", "sum")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -54,11 +54,13 @@ def valid_steps(op: str, lengths: Tensor | list[int] | None, mask: Tensor | None
             raise bad(op, "mask", "be None where lengths are given", "both", "pass one of them")
         _checks.check_tensor(op, "mask", mask, "pass a bool tensor, True where a step counts")
         _checks.check_dtype(op, "mask", mask, (torch.bool,), "pass mask != 0, True where a step counts")
+        _checks.check_dense(op, "mask", mask)
         _checks.check_shape(op, "mask", mask, (B, T), "[B, T]", "one value a caption and step, heads share it")
         _checks.check_device(op, "mask", mask, like)
         return mask
     if isinstance(lengths, Tensor):
         _checks.check_dtype(op, "lengths", lengths, INTEGERS, "pass the number of steps of each caption")
+        _checks.check_dense(op, "lengths", lengths)
     elif isinstance(lengths, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) for n in lengths):
         lengths = torch.tensor(lengths, dtype=torch.int64)
     else:
@@ -78,7 +80,7 @@ def _check_lengths(op: str, lengths: Tensor, T: int) -> None:
     if _checks.checks_values(lengths):
         wrong = [n for n in lengths.tolist() if not 0 <= n <= T]
         if wrong:
-            raise bad(op, "lengths", f"lie in [0, T] = [0, {T}]", wrong[0], "count the steps that alpha holds")
+            raise bad(op, "lengths", f"lie in [0, T] = [0, {T}]", wrong[0], "count the steps that there are")
 
 
 def target_sums(
@@ -87,9 +89,10 @@ def target_sums(
     """(number, None) where all captions have the same tau, else (0, tau [B]) in the dtype of sums. Checks the argument."""
     if isinstance(target, (float, int)) and not isinstance(target, bool) and -math.inf < target < math.inf:
         return float(target), None
-    acc = acc_of(like)
+    acc = _dtypes.acc_of(like)
     if isinstance(target, Tensor):
         _checks.check_dtype(op, "target", target, _checks.FLOATS, "call target.float()")
+        _checks.check_dense(op, "target", target)
         _checks.check_shape(op, "target", target, like.shape[:1], "[B]", "pass one number a caption, or a float for all")
         _checks.check_device(op, "target", target, like)
         if target.requires_grad:
@@ -101,11 +104,6 @@ def target_sums(
     if valid is None:
         return like.shape[-2] / L, None
     return 0.0, valid.sum(1, dtype=acc) / L
-
-
-def acc_of(x: Tensor) -> torch.dtype:
-    """What sums of its elements run in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def divisor(reduction: str, shape: torch.Size) -> int:
@@ -123,16 +121,10 @@ def penalty(S: Tensor, target: float, tau: Tensor | None, reduction: str) -> Ten
     return squares if reduction == "none" else squares.sum() / divisor(reduction, S.shape)
 
 
-def result_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of `x`, float32 under autocast."""
-    device = x.device.type
-    widened = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.float32 if widened else x.dtype
+_stack_length = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
 def unwatched(x: Tensor) -> bool:
-    """Whether the dispatcher would do no more for an operator on `x` than call its implementation: nothing traces the call.
-
-    Two calls by way of the dispatcher take 15 to 20 us, as long as the whole operation at [32, 52, 196].
-    """
-    return not torch.compiler.is_compiling() and type(x) is Tensor and torch._C._len_torch_dispatch_stack() == 0
+    """Whether the dispatcher would do no more for an operator on `x` than call its implementation: decision 10."""
+    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_neg()
+    return plain and _stack_length is not None and _stack_length() == 0

@@ -106,16 +106,30 @@ def shape_input(
 
 
 def _unpack(op: str, input: object, target: object, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Both padded. That both are packed in one order is checked where reading it costs no synchronisation."""
     if not (isinstance(input, PackedSequence) and isinstance(target, PackedSequence)):
         got = f"{type(input).__name__} and {type(target).__name__}"
         raise bad(op, "input and target", "both be PackedSequence, or neither", got, "pack both, or pass both padded")
-    orders = input.sorted_indices, target.sorted_indices
-    alike = torch.equal(input.batch_sizes, target.batch_sizes) and (orders[0] is None) == (orders[1] is None)
-    if not alike or (_checks.checks_values(input.data) and orders[0] is not None and not torch.equal(*orders)):
+    if not torch.equal(input.batch_sizes, target.batch_sizes):  # these lie on the CPU
         got = f"batch sizes {target.batch_sizes.tolist()[:8]} against {input.batch_sizes.tolist()[:8]}"
         raise bad(op, "target", "be packed as input is", got, "pack both with the same lengths")
-    padded, _ = pad_packed_sequence(input, batch_first=True)
-    return padded, pad_packed_sequence(target, batch_first=True, padding_value=ignore_index)[0]
+    if _checks.checks_values(input.data):
+        orders = [_order(x) for x in (target, input)]
+        if orders[0] != orders[1]:
+            got = f"captions in the order {orders[0][:8]} against {orders[1][:8]}"
+            raise bad(op, "target", "be packed as input is", got, "pack both with the same lengths")
+    return _padded(input, 0.0), _padded(target, ignore_index)
+
+
+def _order(packed: PackedSequence) -> list[int]:
+    order = packed.sorted_indices
+    return list(range(int(packed.batch_sizes[0]))) if order is None else order.tolist()
+
+
+def _padded(packed: PackedSequence, value: float) -> Tensor:
+    """[B, T, ...] as before sorting. pad_packed_sequence alone would copy the order to the CPU."""
+    padded, _ = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes), batch_first=True, padding_value=value)
+    return padded if packed.unsorted_indices is None else padded.index_select(0, packed.unsorted_indices)
 
 
 def prepare(

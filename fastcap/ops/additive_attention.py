@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
-from fastcap.ops import _additive, _backend
+from fastcap.ops import _additive, _backend, _dtypes
 from fastcap.ops._additive import OP
 from fastcap.ops._autograd import once
 
@@ -32,7 +32,8 @@ def reference(
         keys = keys.masked_fill(~mask.unsqueeze(2), 0.0)
         values = None if values is None else values.masked_fill(~mask.unsqueeze(2), 0.0)
     hidden = keys.to(acc) + query.unsqueeze(1)
-    scores = (torch.tanh(hidden) if activation == "tanh" else torch.relu(hidden)) @ v
+    # Products element by element: autocast, in whose dtype matrices would multiply, may be on in the backward too
+    scores = ((torch.tanh(hidden) if activation == "tanh" else torch.relu(hidden)) * v).sum(2)
     if mask is not None:
         some = mask.any(1, keepdim=True)
         scores = scores.masked_fill(~mask, -torch.inf).masked_fill(~some, 0.0)
@@ -41,8 +42,11 @@ def reference(
         alpha = alpha.masked_fill(~mask, 0.0)
     if values is None:
         return None, alpha
-    weights = alpha if weights is None else weights
-    return torch.bmm(weights.unsqueeze(1), values.to(acc)).squeeze(1), alpha
+    return _context(alpha if weights is None else weights, values), alpha
+
+
+def _context(weights: Tensor, values: Tensor) -> Tensor:
+    return (weights.unsqueeze(2) * values.to(weights.dtype)).sum(1)
 
 
 # Operators -------------------------------------------------------------------------------------------------------------
@@ -93,8 +97,9 @@ def _register(name: str, outputs_of) -> None:
     """`name` with outputs made by `outputs_of`, and written by the backend's launcher of that name."""
 
     def run(*args):
-        outputs = outputs_of(*args)
         *given, backend = args
+        _additive.check_options(given, backend)
+        outputs = outputs_of(*args)
         made = outputs if isinstance(outputs, tuple) else (outputs,)
         getattr(_launcher(backend), f"{OP}_{name}")(*given, *made)
         return outputs
@@ -145,7 +150,8 @@ class _Weights(torch.autograd.Function):
         if not need_keys:
             dv = dkeys = None
         dtoken = _message(keys.shape[0], dscore, query) if ctx.needs_input_grad[4] else None
-        return *_each_once(dkeys, dquery, dv), None, dtoken, None, None
+        of = dalpha, alpha  # of which alpha, an output, is a function of all that came in
+        return *_each_once((dkeys, dquery, dv), *of), None, dtoken, None, None
 
 
 class _Context(torch.autograd.Function):
@@ -167,7 +173,8 @@ class _Context(torch.autograd.Function):
                 dcontext, weights, values, need_weights, need_values, ctx.backend
             )
         dtoken = _message(values.shape[0], weights, dcontext) if need_token else None
-        return *_each_once(dweights if need_weights else None, dvalues if need_values else None), dtoken, None
+        gradients = dweights if need_weights else None, dvalues if need_values else None
+        return *_each_once(gradients, dcontext, weights, values), dtoken, None
 
 
 class _Memory(torch.autograd.Function):
@@ -178,8 +185,8 @@ class _Memory(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, keys, v, values, T, activation, backend):
-        ctx.save_for_backward(keys, v)
+    def forward(ctx, keys, v, values, mask, T, activation, backend):
+        ctx.save_for_backward(keys, v, mask)
         ctx.values_dtype, ctx.activation, ctx.backend = values.dtype, activation, backend
         ctx.set_materialize_grads(False)
         B, L, A = keys.shape
@@ -187,7 +194,7 @@ class _Memory(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, of_weights, of_contexts):
-        keys, v = ctx.saved_tensors
+        keys, v, mask = ctx.saved_tensors
         need_keys, need_v, need_values = ctx.needs_input_grad[:3]
         L = keys.shape[1]
         dkeys = dv = dvalues = None
@@ -199,7 +206,9 @@ class _Memory(torch.autograd.Function):
             weights, dcontexts = of_contexts[..., :L], of_contexts[..., L:]
             with torch.autocast(weights.device.type, enabled=False):  # a backward may run inside it
                 dvalues = torch.bmm(weights.permute(1, 2, 0), dcontexts.transpose(0, 1)).to(ctx.values_dtype)
-        return *_each_once(dkeys, dv, dvalues), None, None, None
+            if mask is not None:  # where an upstream gradient overflowed, 0 times it
+                dvalues.masked_fill_(~mask.unsqueeze(2), 0.0)
+        return *_each_once((dkeys, dv, dvalues), of_weights, of_contexts, keys, v), None, None, None, None
 
 
 def _message(B: int, left: Tensor, right: Tensor) -> Tensor:
@@ -208,8 +217,8 @@ def _message(B: int, left: Tensor, right: Tensor) -> Tensor:
     return message if len(message) == B else torch.nn.functional.pad(message, (0, 0, 0, B - len(message)))
 
 
-def _each_once(*gradients: Tensor | None):
-    return tuple(None if gradient is None else once(OP, gradient) for gradient in gradients)
+def _each_once(gradients: tuple[Tensor | None, ...], *of: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if gradient is None else once(OP, gradient, *of) for gradient in gradients)
 
 
 # Public functions ------------------------------------------------------------------------------------------------------
@@ -255,7 +264,8 @@ def additive_attention(
         RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
 
     Deterministic. Sums run in float32 (float64 for float64 keys). Between forward and backward it keeps alpha, query, and
-    the tensors it was given. A location of weight exactly 0 is not read for the context: NaN there does not reach it.
+    the tensors it was given. The kernels do not read a location of weight exactly 0 for the context: NaN there does
+    not reach it.
     For a decoder that attends at each of T words to the same image, see `additive_attention_steps`.
 
     Source: Xu et al., Show, Attend and Tell (arXiv:1502.03044), section 3.1.2 and equations 4 to 6.
@@ -269,7 +279,7 @@ def additive_attention(
     _additive.check_memory(keys, v, values, activation, mask)
     backend = _backend.select(OP, keys.device.type, _backend.NO_CUDA)
     _additive.check_query(query, keys, keys.shape[:1])
-    acc = _additive.acc_of(keys)
+    acc = _dtypes.acc_of(keys)
     query, v = query.to(acc).contiguous(), v.to(acc).contiguous()
     weights = None if alpha is None else _additive.check_weights(alpha, keys, keys.shape[0], mask)
     if backend == "reference":
@@ -277,7 +287,7 @@ def additive_attention(
     else:
         alpha = _Weights.apply(keys, query, v, mask, None, activation, backend)
         context = _Context.apply(alpha if weights is None else weights, values, None, backend)
-    return context.to(_additive.result_of(values)), alpha.to(_additive.result_of(keys))
+    return context.to(_dtypes.result_of(values)), alpha.to(_dtypes.result_of(keys))
 
 
 def additive_attention_steps(
@@ -298,12 +308,14 @@ def additive_attention_steps(
 
     Args:
         keys, v, values, activation, mask: as of `additive_attention`.
-        steps: how many calls there will be at most. Those that do not come cost nothing.
+        steps: how many calls there will be at most. One that does not come costs 4 B (2 L + A + D) bytes while the backward
+            runs.
 
     Returns:
         A callable. Each call takes query [n, A] for the first n <= B rows (captions sorted by length leave the batch as they
         end) and returns (context [n, D], alpha [n, L]). Its methods `weights(query)` -> alpha and `context(alpha)` are the
-        two halves of a step, for hard attention, which samples in between.
+        two halves of a step, for hard attention, which samples in between. Every call counts, also one that activation
+        checkpointing repeats. Made under no_grad, it gives keys and values no gradient.
 
     Raises:
         FastcapError: an argument breaks its rule, or there are more than `steps` calls.
@@ -332,10 +344,10 @@ class AdditiveAttentionSteps:
         )
         self._of_weights = self._of_contexts = None
         self._called = {"weights": 0, "context": 0}
-        v = v.to(_additive.acc_of(keys)).contiguous()
+        v = v.to(_dtypes.acc_of(keys)).contiguous()
         if self._backend != "reference":
             if torch.is_grad_enabled() and any(x.requires_grad for x in (keys, v, values)):
-                of_weights, of_contexts = _Memory.apply(keys, v, values, steps, activation, self._backend)
+                of_weights, of_contexts = _Memory.apply(keys, v, values, mask, steps, activation, self._backend)
                 self._of_weights = of_weights.unbind(0) if keys.requires_grad or v.requires_grad else None
                 self._of_contexts = of_contexts.unbind(0) if values.requires_grad else None
             keys, v, values = keys.detach(), v.detach(), values.detach()
@@ -344,21 +356,21 @@ class AdditiveAttentionSteps:
     def __call__(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """(context [n, D], alpha [n, L]) of query [n, A]."""
         alpha = self._alpha(query)
-        return self._context(alpha).to(_additive.result_of(self._values)), alpha.to(_additive.result_of(self._keys))
+        return self._context(alpha).to(_dtypes.result_of(self._values)), alpha.to(_dtypes.result_of(self._keys))
 
     def weights(self, query: Tensor) -> Tensor:
         """alpha [n, L] of query [n, A]."""
-        return self._alpha(query).to(_additive.result_of(self._keys))
+        return self._alpha(query).to(_dtypes.result_of(self._keys))
 
     def context(self, alpha: Tensor) -> Tensor:
         """The context [n, D] of weights [n, L], which may require a gradient."""
         weights = _additive.check_weights(alpha, self._keys, None, self._mask)
-        return self._context(weights).to(_additive.result_of(self._values))
+        return self._context(weights).to(_dtypes.result_of(self._values))
 
     def _alpha(self, query: Tensor) -> Tensor:
-        t = self._step("weights")
         _additive.check_query(query, self._keys, None)
-        n, query = query.shape[0], query.to(_additive.acc_of(self._keys)).contiguous()
+        t = self._step("weights")
+        n, query = query.shape[0], query.to(_dtypes.acc_of(self._keys)).contiguous()
         mask = None if self._mask is None else self._mask[:n]
         if self._backend == "reference":
             return reference(self._keys[:n], query, self._v, None, mask, None, self._activation)[1]
@@ -371,7 +383,7 @@ class AdditiveAttentionSteps:
             values = self._values[: len(weights)]
             if self._mask is not None:
                 values = values.masked_fill(~self._mask[: len(weights)].unsqueeze(2), 0.0)
-            return torch.bmm(weights.unsqueeze(1), values.to(weights.dtype)).squeeze(1)
+            return _context(weights, values)
         return _Context.apply(
             weights, self._values, None if self._of_contexts is None else self._of_contexts[t], self._backend
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _coverage, _native
+from fastcap.ops import _backend, _checks, _coverage, _dtypes, _native
 from fastcap.ops._autograd import once
 
 OP = "attention_coverage"
@@ -26,7 +26,7 @@ def reference(
     if valid is not None:  # what does not count may hold anything, NaN too, and gets a gradient of 0
         invalid = ~valid.unsqueeze(-1)
         alpha = alpha.masked_fill(invalid if alpha.dim() == 3 else invalid.unsqueeze(1), 0.0)
-    S = alpha.sum(-2, dtype=_coverage.acc_of(alpha))
+    S = alpha.sum(-2, dtype=_dtypes.acc_of(alpha))
     return _coverage.penalty(S, target, tau, reduction).to(out_dtype)
 
 
@@ -46,7 +46,7 @@ _library.define(
 
 def _fwd_outputs(alpha: Tensor, reduction: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     """out [] or [B, (heads,) L], and the residual tau - S [B, (heads,) L], empty where no gradient is wanted; unwritten."""
-    acc = _coverage.acc_of(alpha)
+    acc = _dtypes.acc_of(alpha)
     sums = (*alpha.shape[:-2], alpha.shape[-1])
     return (
         alpha.new_empty(sums if reduction == "none" else (), dtype=acc),
@@ -86,6 +86,8 @@ def _launcher(backend: str):
         from fastcap.kernels import attention_coverage as triton_launcher
 
         return triton_launcher
+    if backend not in ("cpp", "cuda"):
+        raise bad(OP, "backend", "be 'cpp', 'triton' or 'cuda'", backend, "call the public function")
     return _native.CPU if backend == "cpp" else _native.CUDA
 
 
@@ -103,19 +105,25 @@ class _AttentionCoverage(torch.autograd.Function):
         need_grad = wanted and ctx.needs_input_grad[0]  # which says True under no_grad too
         run = _fwd if _coverage.unwatched(alpha) else torch.ops.fastcap.attention_coverage_fwd
         out, residual = run(alpha, valid, tau, target, reduction, need_grad, backend)
-        if need_grad:
-            ctx.save_for_backward(residual, valid)
-            ctx.call = alpha.shape, alpha.dtype, reduction, backend
-        return out
+        if not need_grad:
+            return out, None
+        link = out.new_empty(0)  # an output, so linked to the graph; the penalty itself may be changed in place
+        ctx.save_for_backward(residual, valid, link)
+        ctx.set_materialize_grads(False)  # of the link, which nothing uses
+        ctx.call = alpha.shape, alpha.dtype, reduction, backend
+        return out, link
 
     @staticmethod
-    def backward(ctx, grad_out):
-        residual, valid = ctx.saved_tensors
+    def backward(ctx, grad_out, _):
+        if grad_out is None:
+            return None, None, None, None
+        residual, valid, link = ctx.saved_tensors
         shape, *options = ctx.call
-        run = _bwd if _coverage.unwatched(residual) else torch.ops.fastcap.attention_coverage_bwd
+        run = _bwd if _coverage.unwatched(grad_out) else torch.ops.fastcap.attention_coverage_bwd
         dalpha = run(grad_out, residual, valid, *options)
         # One row serves all steps where all of them count: a view, and nothing of the size of alpha is written.
-        return once(OP, dalpha.expand(shape) if valid is None else dalpha), None, None, None
+        dalpha = dalpha.expand(shape) if valid is None else dalpha
+        return once(OP, dalpha, grad_out, link), None, None, None
 
 
 # Public function -------------------------------------------------------------------------------------------------------
@@ -172,11 +180,11 @@ def attention_coverage(
     0.0
     """
     valid, target, tau = _coverage.prepare(OP, alpha, lengths, mask, target, reduction)
-    out_dtype = _coverage.result_dtype(alpha)
+    out_dtype = _dtypes.result_of(alpha)
     backend = _backend.select(OP, alpha.device.type)
     if backend == "reference":
         return reference(alpha, valid, target, tau, reduction, out_dtype)
-    out = _AttentionCoverage.apply(alpha, valid, tau, (target, reduction, backend, torch.is_grad_enabled()))
+    out, _ = _AttentionCoverage.apply(alpha, valid, tau, (target, reduction, backend, torch.is_grad_enabled()))
     return out if out.dtype == out_dtype else out.to(out_dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _coverage
+from fastcap.ops import _backend, _checks, _coverage, _dtypes
 from fastcap.ops._autograd import once
 
 OP = "attention_coverage_from_scores"
@@ -35,7 +35,9 @@ def reference(
         query = query.masked_fill(~valid[:, None, :, None], 0.0)
     if key_mask is not None:
         key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
-    scores = (query @ key.mT).to(_coverage.acc_of(query)) * scale
+    acc = _dtypes.acc_of(query)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(acc) @ key.to(acc).mT) * scale
     if key_mask is not None:
         here = key_mask[:, None, None, :]
         scores = scores.masked_fill(~here, -torch.inf).masked_fill(~here.any(-1, keepdim=True), 0.0)
@@ -65,7 +67,7 @@ _library.define(
 def _fwd_outputs(query: Tensor, key: Tensor, reduction: str, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """out [] or [B, heads, L]; the residual tau - S [B, heads, L] and the log-sum-exp of each step's scores [B, heads, T],
     both empty where no gradient is wanted; unwritten."""
-    acc = _coverage.acc_of(query)
+    acc = _dtypes.acc_of(query)
     sums, rows = (*query.shape[:2], key.shape[2]), query.shape[:3]
     return (
         query.new_empty(sums if reduction == "none" else (), dtype=acc),
@@ -110,6 +112,8 @@ def _launcher(backend: str):
         from fastcap.kernels import attention_coverage_from_scores as triton_launcher
 
         return triton_launcher
+    if backend != "cpp":
+        raise bad(OP, "backend", "be 'cpp' or 'triton'", backend, "call the public function")
     from fastcap.ops import _score_blocks
 
     return _score_blocks
@@ -136,9 +140,10 @@ class _AttentionCoverageFromScores(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        gradients = torch.ops.fastcap.attention_coverage_from_scores_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+        saved = ctx.saved_tensors
+        gradients = torch.ops.fastcap.attention_coverage_from_scores_bwd(grad_out, *saved, *ctx.options)
         needed = zip(gradients, ctx.needs_input_grad[:2], strict=True)
-        return *(once(OP, gradient) if need else None for gradient, need in needed), *(None,) * 8
+        return *(once(OP, gradient, grad_out, *saved[2:4]) if need else None for gradient, need in needed), *(None,) * 8
 
 
 # Public function -------------------------------------------------------------------------------------------------------
@@ -226,7 +231,7 @@ def attention_coverage_from_scores(
         out = _AttentionCoverageFromScores.apply(
             query, key, key_mask, valid, tau, scale, target, reduction, backend, torch.is_grad_enabled()
         )
-    return (out.squeeze(1) if reduction == "none" and not heads else out).to(_coverage.result_dtype(query))
+    return (out.squeeze(1) if reduction == "none" and not heads else out).to(_dtypes.result_of(query))
 
 
 def _sizes(query: Tensor, key: Tensor) -> tuple[int, ...]:

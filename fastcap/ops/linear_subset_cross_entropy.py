@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcap.errors import bad
-from fastcap.ops import _backend, _checks, _grad_weight, _head, _plans, _subset
+from fastcap.ops import _backend, _checks, _dtypes, _grad_weight, _head, _plans, _subset
 from fastcap.ops._autograd import once
 from fastcap.ops._subset import Options
 
@@ -77,13 +77,9 @@ class _Call(NamedTuple):
         return self.need_input or self.need_weight or self.need_bias
 
 
-def _acc(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
-
-
 def _fwd_outputs(input, linear_weight, target, ids, options: Options, call: _Call) -> tuple[Tensor, _head.Kept]:
     """`out` and what is kept, unwritten: see _head.Kept."""
-    (B, T), (V, H), acc = target.shape, linear_weight.shape, _acc(input)
+    (B, T), (V, H), acc = target.shape, linear_weight.shape, _dtypes.acc_of(input)
     n = _plans.dense_rows(options, B, T)
     K = 0 if options.kind != "set" else T if ids is None else ids.shape[2]
 
@@ -148,7 +144,7 @@ def _bwd(grad_out, input, linear_weight, linear_bias, target, ids, weight, *rest
     return (
         dinput.view(input.shape) if call.need_input else none,
         dweight if call.need_weight else none.to(linear_weight.dtype),
-        dbias if call.need_bias else none.to(_acc(input)),
+        dbias if call.need_bias else none.to(_dtypes.acc_of(input)),
     )
 
 
@@ -157,7 +153,7 @@ def _bwd_meta(grad_out, input, linear_weight, linear_bias, target, ids, weight, 
     return (
         input.new_empty(input.shape if call.need_input else none),
         linear_weight.new_empty(linear_weight.shape if call.need_weight else none),
-        input.new_empty(linear_weight.shape[:1] if call.need_bias else none, dtype=_acc(input)),
+        input.new_empty(linear_weight.shape[:1] if call.need_bias else none, dtype=_dtypes.acc_of(input)),
     )
 
 
@@ -166,7 +162,7 @@ def _make_head(input, linear_weight, linear_bias, target, ids, weight, token_wei
         from fastcap.kernels.linear_subset_cross_entropy import LinearKernels
     else:
         from fastcap.ops._native import LinearKernels
-    bias = None if linear_bias is None else linear_bias.to(_acc(input)).contiguous()
+    bias = None if linear_bias is None else linear_bias.to(_dtypes.acc_of(input)).contiguous()
     kernels = LinearKernels(target, ids, weight, token_weight, bias, linear_weight.shape[0], options)
     x = input.reshape(-1, input.shape[2]).contiguous()
     return _head.Head(kernels, x, linear_weight, target, ids, options, call.budget)
@@ -215,10 +211,11 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         dinput, dweight, dbias = _backward(ctx, grad_out)
+        of = grad_out, *ctx.saved_tensors[:3]
         return (
-            once(OP, dinput) if ctx.call.need_input else None,
-            once(OP, dweight) if dweight is not None else None,
-            once(OP, dbias.to(ctx.bias_dtype)) if ctx.call.need_bias else None,
+            once(OP, dinput, *of) if ctx.call.need_input else None,
+            once(OP, dweight, *of) if dweight is not None else None,
+            once(OP, dbias.to(ctx.bias_dtype), *of) if ctx.call.need_bias else None,
             *(None,) * 9,
         )
 
@@ -338,9 +335,8 @@ def linear_subset_cross_entropy(
     )
     budget = _check_head(input, linear_weight, linear_bias, memory_budget)
     V, device = linear_weight.shape[0], input.device.type
-    widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
-    out_dtype = torch.float32 if widened else input.dtype
-    if widened:  # as torch's own linear
+    out_dtype = _dtypes.result_of(input)
+    if _dtypes.widens(input):  # as torch's own linear
         input = input.to(torch.get_autocast_dtype(device))
     ids, weight, token_weight, options = _subset.prepare(
         OP, input, target, V, subset=subset, first_token=first_token, mle_weight=mle_weight, weight=weight,

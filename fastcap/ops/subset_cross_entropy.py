@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcap.ops import _backend, _subset
+from fastcap.ops import _backend, _dtypes, _subset
 from fastcap.ops._autograd import once
 from fastcap.ops._subset import Options
 
@@ -51,7 +51,7 @@ def _fwd_outputs(input: Tensor, ids: Tensor | None, options: Options, need_grad:
     """What the forward returns, unwritten: out [] or [B, T]; inv_denom []; and, where a gradient is wanted, stats
     [8, B, T] for rows with a dense part, cols and dset [B, T, K + 1] for the set part; else empty."""
     B, T, _ = input.shape
-    acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+    acc = _dtypes.acc_of(input)
     C = ids.shape[2] + 1 if need_grad and options.kind == "set" else 0
     return (
         input.new_empty((B, T) if options.reduction == "none" else (), dtype=acc),
@@ -117,13 +117,20 @@ class _SubsetCrossEntropy(torch.autograd.Function):
         if need_grad:
             # Without a dense part the backward needs no logits: they can be freed before their gradient is made.
             logits = input if options.is_dense else None
-            ctx.save_for_backward(logits, target, ids if options.kind == "reverse" else None, weight, *saved)
+            link = out.new_empty(
+                0
+            )  # an output, so linked to the graph; the loss itself may be changed in place: loss += ...
+            ctx.set_materialize_grads(False)  # of the link, which nothing uses
+            ctx.save_for_backward(link, logits, target, ids if options.kind == "reverse" else None, weight, *saved)
             ctx.size, ctx.dtype, ctx.options, ctx.backend = input.shape, input.dtype, options, backend
-        return out
+            return out, link
+        return out, None
 
     @staticmethod
-    def backward(ctx, grad_out):
-        input, target, ids, weight, inv_denom, stats, cols, dset = ctx.saved_tensors
+    def backward(ctx, grad_out, _):
+        if grad_out is None:
+            return (None,) * 8
+        link, input, target, ids, weight, inv_denom, stats, cols, dset = ctx.saved_tensors
         dinput = torch.ops.fastcap.subset_cross_entropy_bwd(
             grad_out,
             inv_denom,
@@ -139,7 +146,7 @@ class _SubsetCrossEntropy(torch.autograd.Function):
             ctx.dtype,
             ctx.backend,
         )
-        return once(OP, dinput), *(None,) * 7
+        return once(OP, dinput, grad_out, link), *(None,) * 7
 
 
 # Public function -------------------------------------------------------------------------------------------------------
@@ -224,8 +231,7 @@ def subset_cross_entropy(
         z_loss=z_loss, num_random=num_random, seed=seed, reduction=reduction,
     )  # fmt: skip
     device = input.device.type
-    widened = device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64
-    out_dtype = torch.float32 if widened else input.dtype
+    out_dtype = _dtypes.result_of(input)
     if options.kind == "set":
         ids = ids.expand(*target.shape, -1)  # strides of 0: nothing is copied
     backend = _backend.select(OP, device)
@@ -234,7 +240,8 @@ def subset_cross_entropy(
     if backend == "reference":
         out = reference(input, target, ids, weight, token_weight, options, out_dtype)
     else:
-        out = _SubsetCrossEntropy.apply(
+        out, _ = _SubsetCrossEntropy.apply(
             input, target, ids, weight, token_weight, options, backend, torch.is_grad_enabled()
-        ).to(out_dtype)
+        )
+        out = out.to(out_dtype)
     return out.squeeze(0) if flat and reduction == "none" else out

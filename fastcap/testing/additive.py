@@ -175,7 +175,6 @@ ADDITIVE_ATTENTION = Operation(
     operators=WEIGHTS + CONTEXT,
     launches=_launches,
     backends=("reference", "cpp", "triton"),
-    autocasts=True,
 )
 
 ADDITIVE_ATTENTION_STEPS = Operation(
@@ -186,6 +185,5 @@ ADDITIVE_ATTENTION_STEPS = Operation(
     operators=(*WEIGHTS, *CONTEXT, "additive_attention_memory_bwd"),
     launches=_steps_launches,
     backends=("reference", "cpp", "triton"),
-    autocasts=True,
     stem="additive_attention",
 )

@@ -69,7 +69,7 @@ def draw_files(path: str | Path, captioner: Captioner, files: Sequence[Captioned
     Raises:
         FastcapError: as `draw` and `Captioner.attention` do.
     """
-    images = torch.stack([told.image for told in files])
+    images = data.batching.stack_images([told.image for told in files])
     attended, centres = captioner.attention(images, [told.ids for told in files]), captioner.centres(images)
     rows = []
     for told, one in zip(files, attended, strict=True):

@@ -17,6 +17,7 @@ def hard_attention_loss(
     losses: Tensor,
     log_probs: Tensor,
     entropy: Tensor,
+    lengths: Tensor,
     baseline: Tensor,
     tokens: int,
     *,
@@ -27,26 +28,28 @@ def hard_attention_loss(
 
     Equivalent to::
 
-        cost = losses.sum(1).detach()                                          # of each caption
-        (reinforce * ((cost - baseline) * log_probs.sum(1)).sum() - entropy_weight * entropy.sum()) / tokens
+        surplus = losses.sum(1).detach() - baseline * lengths                  # of each caption
+        (reinforce * (surplus * log_probs.sum(1)).sum() - entropy_weight * entropy.sum()) / tokens
 
     With `reinforce=1`, `entropy_weight=0` and every location sampled, the gradient of the sum is in expectation that of the
     expected cross-entropy (REINFORCE), whatever the baseline, which only lowers its variance. The paper's weights trade that
-    for less noise.
+    for less noise. The baseline is of a token, for the captions of a batch differ in length: against one number for all of
+    them the surplus would tell how long a caption is (std 7.4 nats on scenes, 1.6 so).
 
     Args:
         losses: [B, T], of each token; zero where there is none.
         log_probs, entropy: [B, T], of `Decoded`.
-        baseline: [], about what a caption costs.
+        lengths: [B], the tokens of each caption.
+        baseline: [], about what a token costs.
         tokens: of all captions of the step.
     """
-    surplus = losses.detach().sum(1) - baseline
+    surplus = losses.detach().sum(1) - baseline * lengths.to(losses.device, losses.dtype, non_blocking=True)
     estimate = (surplus * log_probs.sum(1)).sum()
     return (reinforce * estimate - entropy_weight * entropy.sum()) / tokens
 
 
 def update_baseline(baseline: Tensor, cost: Tensor) -> None:
-    """Moves the baseline, in place, towards the mean `cost` of the captions of a step."""
+    """Moves the baseline, in place, towards the mean `cost` of the tokens of a step."""
     baseline.mul_(BASELINE).add_(cost.to(baseline.dtype), alpha=1 - BASELINE)
 
 

@@ -88,8 +88,8 @@ class TrainingLoss:
             loss = losses.sum() / self._tokens
             self._add("loss", loss)
             self._add("entropy", decoded.entropy.sum() / self._tokens)
-            self._add("cost", losses.sum() / self._captions)
-            loss = loss + hard_attention_loss(losses, decoded.log_probs, decoded.entropy, self._model.baseline, self._tokens)
+            given = decoded.log_probs, decoded.entropy, lengths, self._model.baseline, self._tokens
+            loss = loss + hard_attention_loss(losses, *given)
         else:
             objective = self._loss_fn or self._objective
             # each part's mean, weighted by its tokens: the sum is the mean over the tokens of the whole batch
@@ -104,13 +104,13 @@ class TrainingLoss:
     def values(self) -> dict[str, float]:
         """What the parts so far added up to: `loss`, the objective alone, and where they are `coverage`, not weighted, and
         `entropy`, in nats a token."""
-        return {name: value.item() for name, value in self._sums.items() if name != "cost"}
+        return {name: value.item() for name, value in self._sums.items()}
 
     def end(self) -> dict[str, float]:
         """After the optimiser's step: the baseline, moved, where there is one."""
         if not self._hard:
             return {}
-        update_baseline(self._model.baseline, self._sums["cost"])
+        update_baseline(self._model.baseline, self._sums["loss"])
         return {"baseline": self._model.baseline.item()}
 
     def _decode(self, images: Tensor, inputs: Tensor, lengths: Tensor) -> Any:

@@ -140,7 +140,10 @@ def _check_attention(config: TrainConfig, attention: str | None) -> None:
     if config.coverage and attention in (None, "mean"):
         of, remedy = config.model, "or pass --model show-attend-tell"
         if attention:
-            of, remedy = "mean attention, which it cannot change", "or pass --attention soft"
+            of, remedy = (
+                "mean attention, which it cannot change",
+                "leave it out, or train soft attention",
+            )
         raise bad("train", "coverage", f"be 0 with {of}", config.coverage, remedy)
     if config.scheduled_sampling and attention is None:
         remedy = "or pass --model show-attend-tell"
