@@ -210,8 +210,9 @@ class _LinearSubsetCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
+        # Taken before the backward, which may write over what was saved where nothing can be differentiated again
+        of = (grad_out, *ctx.saved_tensors[:3]) if torch.is_grad_enabled() else ()
         dinput, dweight, dbias = _backward(ctx, grad_out)
-        of = grad_out, *ctx.saved_tensors[:3]
         return (
             once(OP, dinput, *of) if ctx.call.need_input else None,
             once(OP, dweight, *of) if dweight is not None else None,
