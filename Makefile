@@ -24,8 +24,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(SOURCES)
 demo: $(READY)
 	$(BIN)/fastcap demo --out build/demo
 
+# A process a core, on one core each: most tests are small, and two of them at a time take half the time.
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist worksteal
 
 test-all: $(READY)
 	$(BIN)/pytest

@@ -191,12 +191,10 @@ class Captioner:
 
         features: of a model that was trained on precomputed features; the paths are then the ids that they are stored by.
         """
-        if isinstance(self.model.encoder, models.FeatureEncoder) != (features is not None):
-            rule, given = (
-                "be given where the model was trained on them, and only there",
-                "none" if features is None else "some",
-            )
-            raise bad("caption", "features", rule, given, "see `features` in the checkpoint's configuration")
+        if isinstance(getattr(self.model, "encoder", None), models.FeatureEncoder) != (features is not None):
+            got = "none" if features is None else str(features.path)
+            rule = "be given where the model was trained on them, and only there"
+            raise bad("caption", "features", rule, got, "see `features` in the checkpoint's trainer.json")
         read_one = self.read if features is None else lambda id: torch.from_numpy(features[id])
         paths = iter(paths)
         while batch := list(itertools.islice(paths, batch_size)):
