@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -541,8 +542,12 @@ def test_durations_have_three_digits(seconds, text):
     assert report.duration(seconds) == text
 
 
-def test_bench_runs_through_pytest_and_writes(tmp_path, capsys):
+def test_bench_runs_through_pytest_and_writes(tmp_path, capsys, monkeypatch):
     pytest.importorskip("pytest_benchmark")
+    for name in [
+        name for name in os.environ if name.startswith("PYTEST_XDIST")
+    ]:  # its pytest is none of a test run's workers
+        monkeypatch.delenv(name)
     given = dict(profile="tiny", shapes=["tiny"], device="cpu", seconds=0.005, out=tmp_path)
     rows = bench.run(["subset_cross_entropy"], huge_pages=True, **given)
     assert all(row["machine"]["torch_huge_pages"] for row in rows)
