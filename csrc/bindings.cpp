@@ -7,7 +7,9 @@
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/tensor_caster.h"
+#include "contrastive_reward/contrastive_reward.h"
 #include "linear_subset_cross_entropy/linear_subset_cross_entropy.h"
+#include "retrieval_ranks/retrieval_ranks.h"
 #include "subset_cross_entropy/subset_cross_entropy.h"
 
 namespace py = pybind11;
@@ -173,6 +175,59 @@ PYBIND11_MODULE(_C, m) {
       [](Tensor dscores, Tensor queries, Tensor keys, Tensor v, Tensor dv, Tensor dkeys, bool relu, int threads) {
         fastcap::additive_attention_memory_bwd_cpu({dscores, queries, keys, v, dv, dkeys}, static_cast<Activation>(relu),
                                                    threads);
+      },
+      release);
+  m.def(
+      "contrastive_reward_block_fwd_cpu",
+      [](Tensor scores, Tensor positive, Tensor row_factor, Tensor col_factor, Tensor own, Tensor row_top, Tensor row_sum,
+         Tensor row_index, Tensor col_top, Tensor col_sum, Tensor col_index, int64_t first_row, int64_t first_col,
+         int threads) {
+        fastcap::contrastive_reward_block_fwd_cpu({scores, positive, row_factor, col_factor, own, row_top, row_sum, row_index,
+                                                   col_top, col_sum, col_index, first_row, first_col},
+                                                  threads);
+      },
+      release);
+  m.def(
+      "contrastive_reward_block_bwd_cpu",
+      [](Tensor scores, Tensor positive, Tensor row_factor, Tensor col_factor, Tensor down, Tensor row, Tensor drow,
+         Tensor col, Tensor dcol, int64_t first_col, int threads) {
+        fastcap::contrastive_reward_block_bwd_cpu(
+            {scores, positive, row_factor, col_factor, down, row, drow, col, dcol, first_col}, threads);
+      },
+      release);
+  m.def(
+      "contrastive_reward_others_fwd_cpu",
+      [](Tensor own, Tensor positive, Tensor value, Tensor index, int64_t Q) {
+        fastcap::contrastive_reward_others_fwd_cpu({own, positive, value, index, Q});
+      },
+      release);
+  m.def(
+      "contrastive_reward_others_bwd_cpu",
+      [](Tensor dvalue, Tensor value, Tensor own, Tensor positive, Tensor down, int64_t Q) {
+        fastcap::contrastive_reward_others_bwd_cpu({dvalue, value, own, positive, down, Q});
+      },
+      release);
+  // Holds pointers: it keeps the tensors alive that they lead to.
+  py::class_<fastcap::RankPairs>(m, "RankPairs")
+      .def(py::init([](Tensor text, Tensor image, Tensor positive, Tensor text_norm, Tensor image_norm, Tensor own,
+                       bool normalize) {
+             return fastcap::RankPairs{text, image, positive, text_norm, image_norm, own, normalize};
+           }),
+           py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::keep_alive<1, 4>(), py::keep_alive<1, 5>(),
+           py::keep_alive<1, 6>(), py::keep_alive<1, 7>());
+  m.def(
+      "retrieval_ranks_rows_cpu",
+      [](Tensor x, Tensor norm, Tensor same, int threads) { fastcap::retrieval_ranks_rows_cpu({x, norm, same}, threads); },
+      release);
+  m.def("retrieval_ranks_own_cpu", &fastcap::retrieval_ranks_own_cpu, release);
+  m.def(
+      "retrieval_ranks_block_cpu",
+      [](const fastcap::RankPairs& pairs, Tensor scores, int64_t row, int64_t col, Tensor text_same, Tensor image_same,
+         Tensor texts, Tensor above_images, Tensor tied_images, Tensor above_texts, Tensor tied_texts, bool last,
+         int threads) {
+        return fastcap::retrieval_ranks_block_cpu({pairs, scores, row, col, text_same, image_same, texts, above_images,
+                                                   tied_images, above_texts, tied_texts, last},
+                                                  threads);
       },
       release);
 #if defined(FASTCAP_WITH_CUDA)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Linear, Module, Parameter
 
 from fastcap import functional as F
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class _SubsetLoss(Module):
@@ -181,3 +186,54 @@ class AttentionCoverage(Module):
     def extra_repr(self) -> str:
         target = f"tensor {list(self.target_sums.shape)}" if self.target is None else repr(self.target)
         return f"target={target}, reduction={self.reduction!r}"
+
+
+class ContrastiveReward(Module):
+    """`fastcap.functional.contrastive_reward` with its options kept: the reward of CLIP-guided captioning.
+
+    Args:
+        logit_scale: the inverse temperature; a tensor of one is kept as a buffer, a parameter as a parameter.
+        baseline, direction, exclude, clamp, normalize, precision: the function's, with its defaults.
+
+    `forward(text, image, positive=None, *, group=None)`: text [P, D], image [Q, D], positive [P], the image of each text ->
+    [P]. `group` are the processes that hold the rows in shards.
+
+    >>> import torch
+    >>> reward_of = ContrastiveReward(exclude="group", clamp=(None, 16.0))
+    >>> reward = reward_of(torch.randn(6, 512), torch.randn(3, 512), torch.arange(6) // 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        logit_scale: float | Tensor = 100.0,
+        baseline: str = "logsumexp",
+        direction: str = "both",
+        exclude: str = "self",
+        clamp: tuple[float | None, float | None] | None = None,
+        normalize: bool = True,
+        precision: str = "highest",
+    ) -> None:
+        super().__init__()
+        if isinstance(logit_scale, Tensor) and not isinstance(logit_scale, Parameter):
+            self.register_buffer("logit_scale", logit_scale)
+        else:
+            self.logit_scale = logit_scale
+        self.options = {
+            "baseline": baseline,
+            "direction": direction,
+            "exclude": exclude,
+            "clamp": clamp,
+            "normalize": normalize,
+            "precision": precision,
+        }
+
+    def forward(
+        self, text: Tensor, image: Tensor, positive: Tensor | None = None, *, group: ProcessGroup | None = None
+    ) -> Tensor:
+        given = {"positive": positive, "logit_scale": self.logit_scale, "group": group, **self.options}
+        return F.contrastive_reward(text, image, **given)
+
+    def extra_repr(self) -> str:
+        scale = "tensor" if isinstance(self.logit_scale, Tensor) else repr(self.logit_scale)
+        return ", ".join([f"logit_scale={scale}", *(f"{name}={value!r}" for name, value in self.options.items())])

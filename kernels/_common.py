@@ -30,6 +30,8 @@ class Launch(NamedTuple):
     args: dict[str, object]
     num_warps: int = 4
     num_stages: int = 2
+    majors: tuple[int, ...] = ()  # the compute capabilities that it is made for, in numbers of their first digit; empty: any
+    shared: int = 48 << 10  # bytes of shared memory that it may take: what every GPU gives, or what the plan has asked for
 
     def run(self) -> None:
         self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)

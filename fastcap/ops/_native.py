@@ -114,6 +114,43 @@ class CPU:
             dscores, queries, keys, v, dv, dkeys, activation == "relu", torch.get_num_threads()
         )
 
+    @staticmethod
+    def contrastive_reward_block_fwd(
+        scores, positive, row_factor, col_factor, own, row_top, row_sum, row_index, col_top, col_sum, col_index, row, col
+    ):  # fmt: skip
+        _backend.extension().contrastive_reward_block_fwd_cpu(
+            scores, positive, row_factor, col_factor, own, row_top, row_sum, row_index, col_top, col_sum, col_index, row,
+            col, torch.get_num_threads(),
+        )  # fmt: skip
+
+    @staticmethod
+    def contrastive_reward_block_bwd(scores, positive, row_factor, col_factor, down, row, drow, col, dcol, first_col):
+        _backend.extension().contrastive_reward_block_bwd_cpu(
+            scores, positive, row_factor, col_factor, down, row, drow, col, dcol, first_col, torch.get_num_threads()
+        )
+
+    @staticmethod
+    def contrastive_reward_others_fwd(own, positive, Q, value, index):
+        _backend.extension().contrastive_reward_others_fwd_cpu(own, positive, value, _or_none(index), Q)
+
+    @staticmethod
+    def contrastive_reward_others_bwd(dvalue, value, own, positive, Q, down):
+        _backend.extension().contrastive_reward_others_bwd_cpu(dvalue, value, own, positive, down, Q)
+
+    @staticmethod
+    def retrieval_ranks_rows(x, norm, same):
+        _backend.extension().retrieval_ranks_rows_cpu(x, norm, same, torch.get_num_threads())
+
+    @staticmethod
+    def retrieval_ranks_own(pairs):
+        _backend.extension().retrieval_ranks_own_cpu(pairs, torch.get_num_threads())
+
+    @staticmethod
+    def retrieval_ranks_block(pairs, scores, row, col, text_same, image_same, texts, counts, last):
+        return _backend.extension().retrieval_ranks_block_cpu(
+            pairs, scores, row, col, text_same, image_same, texts, *counts, last, torch.get_num_threads()
+        )
+
 
 class CUDA:
     @staticmethod

@@ -17,9 +17,11 @@ from fastcap.ops import _backend
 
 from . import launches
 from .additive import ADDITIVE_ATTENTION, ADDITIVE_ATTENTION_STEPS
+from .contrastive import CONTRASTIVE_REWARD, DECOUPLED_CONTRASTIVE_LOSS
 from .coverage import ATTENTION_COVERAGE
 from .coverage_from_scores import ATTENTION_COVERAGE_FROM_SCORES
 from .operation import Case, Operation
+from .ranks import RETRIEVAL_RANKS
 
 # Running ---------------------------------------------------------------------------------------------------------------
 
@@ -40,9 +42,12 @@ def evaluate(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, gradients of `operation.given`) of one call under `backend`, with `upstream` gradients."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in operation.given(arguments)}
+    leaves = leaves if operation.differentiable else {}
     with _backend.backend(backend):
         outputs = (function or operation.function)(**{**arguments, **leaves})
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if not leaves:
+        return outputs, []
     gradients = torch.autograd.grad(
         outputs, list(leaves.values()), [upstream(o) for o in outputs], retain_graph=retain_graph
     )
@@ -293,4 +298,7 @@ OPERATIONS: dict[str, Operation] = {
     "attention_coverage_from_scores": ATTENTION_COVERAGE_FROM_SCORES,
     "additive_attention": ADDITIVE_ATTENTION,
     "additive_attention_steps": ADDITIVE_ATTENTION_STEPS,
+    "contrastive_reward": CONTRASTIVE_REWARD,
+    "decoupled_contrastive_loss": DECOUPLED_CONTRASTIVE_LOSS,
+    "retrieval_ranks": RETRIEVAL_RANKS,
 }

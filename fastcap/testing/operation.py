@@ -34,12 +34,19 @@ class Operation(NamedTuple):
     function: Callable[..., Any]  # public; returns a tensor or a tuple of them
     cases: Callable[[], list[Case]]  # small inputs that between them use every option
     empty: Case  # an empty batch
-    inputs: tuple[str, ...]  # the differentiable arguments; the first one is always passed
-    operators: tuple[str, ...]  # of torch.ops.fastcap
+    inputs: tuple[str, ...]  # the floating arguments that results depend on; the first one is always passed
+    operators: tuple[str, ...]  # of torch.ops.fastcap; the first case calls all
     launches: Callable[[], Iterator[tuple[str, list[Any]]]]  # (name, Triton launches) at the shapes of real captioners
     backends: tuple[str, ...] = ("reference", "cpp", "triton", "cuda")
     autocasts: bool = False  # whether it multiplies matrices, which autocast does in its own dtype
     stem: str = ""  # of its files in every layer, where it is not its name
+    differentiable: bool = True  # in `inputs`; else results carry no graph, whatever requires a gradient
+    result: torch.dtype | None = None  # of the results; None: that of the inputs
+    sums: bool = False  # whether results are in the dtype that sums run in: float32 for half precision
+
+    def result_of(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the results of inputs in `dtype`."""
+        return self.result or (torch.promote_types(dtype, torch.float32) if self.sums else dtype)
 
     def given(self, arguments: dict[str, Any]) -> tuple[str, ...]:
         """Those of `inputs` that a call passes."""
