@@ -153,6 +153,22 @@ def attention_coverage_from_scores(B: int, heads: int, T: int, L: int, E: int, i
     return Traffic(3 * inputs, 4 * product) if backward else Traffic(inputs, product)
 
 
+def contrastive_reward(P: int, Q: int, D: int, itemsize: int, *, backward: bool) -> Traffic:
+    """The floor of contrastive_reward, with texts [P, D] and images [Q, D].
+
+    Bytes: the embeddings read, and again backward, where their gradients are written; the [P, Q] scores are written nowhere,
+    and what is of the size of P and Q is left out. FLOPs: of the matrix products alone: the scores, made again backward, and
+    two for the gradients.
+    """
+    inputs, product = (P + Q) * D * itemsize, 2 * P * Q * D
+    return Traffic(3 * inputs, 4 * product) if backward else Traffic(inputs, product)
+
+
+def retrieval_ranks(P: int, Q: int, D: int, itemsize: int) -> Traffic:
+    """The floor of retrieval_ranks: texts [P, D] and images [Q, D] read once, and one product of them."""
+    return Traffic((P + Q) * D * itemsize, 2 * P * Q * D)
+
+
 def training_step(B: int, T: int, L: int, A: int, D: int, H: int, V: int, parameters: int) -> Traffic:
     """The floor of a float32 training step of Show, Attend and Tell on given annotations, with AdamW.
 

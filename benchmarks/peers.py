@@ -60,6 +60,36 @@ def cut_cross_entropy(device: str, exact: bool = False) -> Peer:
     return Peer(lambda input, weight, target: call(input, weight, target, **given))
 
 
+def inf_cl(device: str) -> Peer:
+    """Inf-CL's contrastive loss, in tiles: call(text [B, D], image [B, D], scale) -> the mean of both directions.
+
+    Rows of unit length. The pair stays in its denominators, products are TF32 whatever the dtype, and each direction is a
+    call of its own. D must be a multiple of 256, its default width of a block of features, or a power of 2 below.
+    """
+    if not device.startswith("cuda"):
+        return Peer(None, "Inf-CL runs on GPUs only")
+    try:
+        from inf_cl import cal_flash_loss as call
+    except ImportError as error:
+        return Peer(None, f"pip install inf-cl ({error})")
+
+    def both(text, image, scale):
+        width = min(text.shape[1], 256)
+        return (call(text, image, scale=scale, head_dim=width) + call(image, text, scale=scale, head_dim=width)).mean() / 2
+
+    return Peer(both)
+
+
+def open_clip(device: str) -> Peer:
+    """open_clip's ClipLoss: call(text [B, D], image [B, D], scale) -> the mean of both directions' losses, of unit rows."""
+    try:
+        from open_clip.loss import ClipLoss
+    except ImportError as error:
+        return Peer(None, f"pip install open-clip-torch ({error})")
+    loss = ClipLoss(cache_labels=True)
+    return Peer(lambda text, image, scale: loss(image, text, scale))
+
+
 def torch_chunked(rows: int | None = None) -> Peer:
     """torch's linear_cross_entropy in blocks of rows: call(input [N, H], weight [V, H], target [N]) -> the mean loss.
 
@@ -83,6 +113,8 @@ PEERS = {
     "liger_kernel": liger_cross_entropy,
     "liger_kernel_linear": liger_linear_cross_entropy,
     "cut_cross_entropy": cut_cross_entropy,
+    "inf_cl": inf_cl,
+    "open_clip": open_clip,
 }
 
 

@@ -153,3 +153,96 @@ def attend(keys: Tensor, query: Tensor, v: Tensor, values: Tensor) -> tuple[Tens
     """(context [B, D], alpha [B, L]) of keys [B, L, A], query [B, A], v [A] and values [B, L, D]: as decoders write it."""
     alpha = torch.softmax(torch.tanh(keys + query.unsqueeze(1)) @ v, dim=1)
     return torch.bmm(alpha.unsqueeze(1), values).squeeze(1), alpha
+
+
+# Contrastive ------------------------------------------------------------------------------------------------------------
+
+
+def similarities(text: Tensor, image: Tensor, scale: float) -> Tensor:
+    """[P, Q]: scale times the cosines."""
+    return scale * (F.normalize(text, dim=1) @ F.normalize(image, dim=1).T)
+
+
+def contrastive(text: Tensor, image: Tensor, positive: Tensor | None, scale: float) -> Tensor:
+    """The rewards [P]: all similarities, the pairs masked out of them. positive: [P], or None for 0 to P - 1."""
+    s = similarities(text, image, scale)
+    P, Q = s.shape
+    if positive is None:  # in both directions the same elements leave
+        pair = torch.eye(P, Q, dtype=torch.bool, device=s.device)
+        others = s.masked_fill(pair, -torch.inf)
+        own, over_images, over_texts = s.diagonal(), others.logsumexp(1), others.logsumexp(0)[:P]
+    else:
+        own = s.gather(1, positive[:, None]).squeeze(1)
+        pair = torch.arange(Q, device=s.device) == positive[:, None]
+        over_images = s.masked_fill(pair, -torch.inf).logsumexp(1)
+        itself = torch.eye(P, dtype=torch.bool, device=s.device)
+        over_texts = s[:, positive].masked_fill(itself, -torch.inf).logsumexp(0)
+    return (own - (over_images + over_texts) / 2) / scale
+
+
+def contrastive_published(text: Tensor, image: Tensor, positive: Tensor | None, scale: float) -> Tensor:
+    """The rewards [P] as the method's authors write them: the pair taken out of the sum of all, and a clamp at 16."""
+    s = similarities(text, image, scale)
+    e = s.exp()
+    over_texts, over_images = (((e.sum(i, keepdim=True) - e).log() - s).clamp(min=-16) for i in (0, 1))
+    where = torch.arange(len(s), device=s.device) if positive is None else positive
+    return -(over_texts + over_images).gather(1, where[:, None]).squeeze(1) / 2 / scale
+
+
+def info_nce(text: Tensor, image: Tensor, scale: float) -> Tensor:
+    """CLIP's loss: cross entropy over images and over texts, the pair among them."""
+    s = similarities(text, image, scale)
+    where = torch.arange(len(s), device=s.device)
+    return (F.cross_entropy(s, where) + F.cross_entropy(s.T, where)) / 2
+
+
+def contrastive_exact(
+    text: Tensor, image: Tensor, positive: Tensor | None, scale: float, variant: str, upstream: Tensor | None = None
+) -> tuple:
+    """(rewards [P],), or the mean loss and its gradients times `upstream`, in float64, some texts at a time.
+
+    variant: "reward", for -scale times the mean reward, or "infonce", CLIP's loss.
+    """
+    leaves = [x.detach().double().requires_grad_() for x in (text, image)]
+    normal = [F.normalize(x, dim=1) for x in leaves]
+    t, v = (x.detach() for x in normal)
+    P, Q = len(t), len(v)
+    where = torch.arange(P, device=t.device) if positive is None else positive
+    step = max(1, GROUP // (8 * Q))
+
+    def blocks():
+        for i in range(0, P, step):
+            pair = torch.arange(Q, device=t.device) == where[i : i + step, None]
+            yield slice(i, min(i + step, P)), scale * (t[i : i + step] @ v.T), pair
+
+    own, row = (t.new_empty(P) for _ in range(2))
+    col = t.new_full((Q,), -torch.inf)
+    for p, s, pair in blocks():
+        own[p] = s[pair]
+        others = s.masked_fill(pair, -torch.inf)
+        row[p] = others.logsumexp(1)
+        col = torch.logaddexp(col, others.logsumexp(0))
+    for x in (own, row, col):
+        x.requires_grad_()
+    over_texts = col[where]
+    if positive is not None:  # the other texts of its image
+        same = (where == where[:, None]).fill_diagonal_(False)
+        siblings = own.expand(P, P).masked_fill(~same, -torch.inf)
+        alone = ~same.any(1)
+        over_texts = torch.logaddexp(over_texts, siblings.masked_fill(alone[:, None], -1e300).logsumexp(1))
+    if variant == "infonce":
+        loss = (F.softplus(row - own) + F.softplus(over_texts - own)).mean() / 2
+    else:
+        ratio = own - (row + over_texts) / 2
+        loss = -ratio.mean()
+        if upstream is None:
+            return (ratio.detach() / scale,)
+    if upstream is None:
+        return (loss.detach(),)
+    down, drow, dcol = torch.autograd.grad(loss, (own, row, col), upstream.double())
+    dt, dv = torch.zeros_like(t), torch.zeros_like(v)
+    for p, s, pair in blocks():
+        ds = drow[p, None] * (s - row.detach()[p, None]).exp() + dcol * (s - col.detach()).exp()
+        ds = scale * ds.where(~pair, down[p, None])
+        dt[p], dv = ds @ v, dv.addmm_(ds.T, t[p])
+    return (loss.detach(), *torch.autograd.grad(normal, leaves, [dt, dv]))

@@ -44,6 +44,7 @@ def app() -> Any:
     made.callback()(_root)
     made.command("train")(_train_command())
     made.command("caption")(caption)
+    made.command("evaluate")(evaluate)
     data = typer.Typer(no_args_is_help=True, help="Make data that needs no download.")
     data.command("scenes")(scenes)
     data.command("emoji")(emoji)
@@ -122,7 +123,7 @@ def train(context: typer.Context, resume: bool, **options: Any) -> None:
         raise typer.Exit(INTERRUPTED)
     print(f"{result.step} steps in {result.seconds:.0f} s; saved {result.checkpoint}")
     if result.validation is not None:
-        _show_samples(result)
+        (_show_retrieval if result.retrieval else _show_samples)(result)
 
 
 def _check_init_from(given: dict[str, Any]) -> None:
@@ -132,6 +133,15 @@ def _check_init_from(given: dict[str, Any]) -> None:
         if name in given:
             option = "--" + name.replace("_", "-")
             raise bad("train", option, "come from --init-from", given[name], f"leave {option} out")
+
+
+def _show_retrieval(result: Any) -> None:
+    """How a CLIP retrieves among the validation's pairs."""
+    found = result.retrieval
+    print(f"validation {result.val_loss:.3f}; of {found['images']} images and their captions, found")
+    for name, told in (("t2i", "the image of a caption"), ("i2t", "a caption of an image")):
+        ranks = ", ".join(f"among {k} {found[f'{name}_r{k}']:.1%}" for k in (1, 5, 10))
+        print(f"  {told}: {ranks}; median rank {found[f'{name}_median_rank']:g}")
 
 
 def _show_samples(result: Any) -> None:
@@ -206,6 +216,43 @@ def caption(
         raise typer.Exit(1)
 
 
+def evaluate(
+    data: Annotated[Path, typer.Option(help="folder with a Karpathy-format dataset_*.json and its pictures")],
+    checkpoint: Annotated[
+        list[Path] | None, typer.Option(help="a captioner's run or checkpoint; may be repeated, a row each")
+    ] = None,
+    captions: Annotated[
+        list[Path] | None, typer.Option(help="captions in COCO's results format, scored as they are; may be repeated")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="the CLIP that judges: a run of train --model clip, or a transformers CLIP")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of the data")] = "test",
+    beam: Annotated[int, typer.Option(help="captions kept at each word; 1 is greedy")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="0 compares log p, 1 log p per word: longer captions")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="pictures or texts at a time")] = 64,
+    out: Annotated[Path | None, typer.Option(help="folder for evaluation.json, evaluation.md and the captions")] = None,
+    per_image: Annotated[bool, typer.Option("--per-image", help="each image's caption and scores, too, in JSON")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="leave out images without a picture or a caption")] = False,
+    clip_prompt: Annotated[str, typer.Option(help="put before captions for the CLIP; published: 'A photo depicts '")] = "",
+    features: Annotated[
+        Path | None, typer.Option(help="of captioners trained on precomputed features, where these have moved")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Caption a split and score what is said: retrieval and CLIPScore by a second CLIP, facts, diversity."""
+    from fastcap.train.evaluate import evaluate as run
+
+    made = run(
+        data, checkpoint or [], captions or [], clip=clip, split=split, beam=beam, length_penalty=length_penalty,
+        batch_size=batch_size, clip_prompt=clip_prompt, features=features, out=out, per_image=per_image, partial=partial,
+        device=device,
+    )  # fmt: skip
+    print(made.table)
+    if out is not None:
+        print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.md'}", file=sys.stderr)
+
+
 def scenes(
     out: Annotated[Path, typer.Option(help="folder to write; scenes that stand there are replaced")],
     num_images: Annotated[int, typer.Option(help="pictures; 80% to train on")] = 8000,
@@ -239,29 +286,36 @@ def _say_written(summary: Any) -> None:
 
 def demo(
     story: Annotated[
-        str, typer.Option(help="smile: MLE against SMILE, masked and by fastcap; attention: none, soft, hard, and coverage")
+        str,
+        typer.Option(
+            help="smile: MLE against SMILE, masked and by fastcap; attention: none, soft, hard, and coverage; "
+            "distinctive: reinforcement by a CLIP, judged by another"
+        ),
     ] = "smile",
     data: Annotated[
         str,
         typer.Option(help="emoji, scenes, or auto: for smile emoji where a colour emoji font is installed, else scenes"),
     ] = "auto",
     out: Annotated[str, typer.Option(help="folder for data, runs, numbers and pictures")] = "build/demo",
-    seed: Annotated[int, typer.Option(help="of weights, order and, for smile, data; for attention the first of three")] = 0,
+    seed: Annotated[int, typer.Option(help="of weights, order and, for smile, data; for the others the first of three")] = 0,
     scale: Annotated[float, typer.Option(help="factor on the numbers of steps")] = 1.0,
 ) -> None:
-    """Train captioners on pictures made here, and compare them: by their losses, or by where they look."""
-    if story not in ("smile", "attention"):
-        raise bad("demo", "story", "be one of 'smile', 'attention'", story, "pass smile")
-    again = "it starts anew next time"
+    """Train captioners on pictures made here, and compare them: by loss, by where they look, or by what they tell apart."""
+    if story not in ("smile", "attention", "distinctive"):
+        raise bad("demo", "story", "be one of 'smile', 'attention', 'distinctive'", story, "pass smile")
+    again = "it starts anew next time" if story == "smile" else "the same command goes on with it"
     try:
         if story == "smile":
             from fastcap.train.demo import run
 
             run(data, out, seed=seed, scale=scale)
-        else:
+        elif story == "attention":
             from fastcap.train.demo_attention import run
 
-            again = "the same command goes on with it"
+            run(out, seed=seed, scale=scale, dataset=data)
+        else:
+            from fastcap.train.demo_distinctive import run
+
             run(out, seed=seed, scale=scale, dataset=data)
     except KeyboardInterrupt:
         print(f"fastcap: the demo was interrupted; {again}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The objectives by name: each is one setting of the losses over a subset of the vocabulary."""
+"""The objectives by name: those of the losses over a subset of the vocabulary, each one setting, and those by reward."""
 
 from __future__ import annotations
 
@@ -10,3 +10,5 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "smile+mle": {"subset": "caption", "mle_weight": 0.01},  # with a little MLE: keeps rare wrong words down
     "resmile": {"subset": "reverse"},  # only the words that the caption does not hold: rewards brevity
 }
+
+REINFORCED = ("wtf-rl",)  # of a captioner's own captions, rewarded by a CLIP

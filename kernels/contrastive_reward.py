@@ -75,16 +75,22 @@ class Block:
 # and not 256, for what costs most beside the product are the columns' sums, across threads; in small steps of depth, which
 # leave registers to them. Full float32 is multiplied by threads, not by tensor cores, out of registers: larger tiles of it,
 # or of float64, spill, as do larger ones for "max" or weights.
-_HOPPER, _AMPERE_ON = Tile(256, 128, 32, 8, 4, 1, (9,), 99 << 10), Tile(128, 128, 64, 8, 3, 1, (8, 9), 99 << 10)
-_ANY = Tile(128, 64, 32, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2)
-TILES = {
-    "half": (_HOPPER, _AMPERE_ON, *_ANY),
-    "tf32": (_AMPERE_ON._replace(depth=32), _ANY[0], _ANY[1]._replace(depth=32)),
-    "float32": (Tile(64, 64, 16, 4, 2, 2), Tile(32, 32, 16, 4, 2, 5)),
+_THREADS = {
+    "float32": (Tile(64, 64, 16, 4, 2, 2),),
     "float64": (Tile(32, 32, 16, 4, 2, 3), Tile(16, 16, 16, 4, 2, 5)),
 }
-TILES_OF_MAX = {**TILES, "half": _ANY, "tf32": TILES["tf32"][1:]}
-TILES_OF_WEIGHTS = {**TILES, "half": (_AMPERE_ON, *_ANY)}
+_HOPPER, _AMPERE_ON = Tile(256, 128, 32, 8, 4, 1, (9,), 99 << 10), Tile(128, 128, 32, 8, 4, 1, (8, 9), 99 << 10)
+_ANY = Tile(128, 64, 32, 8, 2, 1), Tile(64, 64, 64, 4, 2, 2)
+
+
+def _tiles(*half: Tile) -> dict[str, tuple[Tile, ...]]:
+    return {"half": half, "tf32": tuple(tile._replace(depth=tile.depth // 2) for tile in half), **_THREADS}
+
+
+TILES = _tiles(_HOPPER, _AMPERE_ON, *_ANY)
+TILES_OF_ONE_DIRECTION = _tiles(_HOPPER, _AMPERE_ON, Tile(128, 64, 32, 4, 2, 2), Tile(64, 64, 32, 4, 2, 3))
+TILES_OF_MAX = _tiles(*_ANY)
+TILES_OF_WEIGHTS = _tiles(_AMPERE_ON, *_ANY)
 SCRATCH_BYTES = 64 << 20
 LEAST = 1e-28  # a sum that is smaller, beside terms of up to exp(32), may lack digits that were below float32's range
 
@@ -160,7 +166,7 @@ def plan_contrastive_reward_fwd(
     device = device or _device_of(text)
     text, image, precision = _factors(text, image, precision)
     rows, cols, largest = row.numel() > 0, col.numel() > 0, baseline == "max"
-    tiles = TILES_OF_MAX if largest else TILES
+    tiles = TILES_OF_MAX if largest else TILES if rows and cols else TILES_OF_ONE_DIRECTION
     common, tile = _common(tiles, text, image, positive, row_factor, col_factor, precision, device)
     blocks = triton.cdiv(P, common["BLOCK_P"]), triton.cdiv(Q, common["BLOCK_Q"])
     each = _rectangle(*blocks, device.processors * tile.programs)

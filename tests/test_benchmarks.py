@@ -17,6 +17,8 @@ from fastcap.benchmarks import (
     bench_additive_attention,
     bench_attention_coverage,
     bench_attention_coverage_from_scores,
+    bench_contrastive_reward,
+    bench_retrieval_ranks,
     bench_training,
     captions,
     floors,
@@ -475,6 +477,79 @@ def test_floor_of_coverage_from_scores_by_hand():
     assert floors.attention_coverage_from_scores(**given, backward=True) == floors.Traffic(3 * 280, 4 * 240)
 
 
+def test_floor_of_contrastive_rewards_by_hand():
+    # 2 texts, 3 images, 5 features: 25 numbers, a product of 2 x 2 x 3 x 5 FLOPs
+    assert floors.contrastive_reward(2, 3, 5, 4, backward=False) == floors.Traffic(100, 60)
+    assert floors.contrastive_reward(2, 3, 5, 4, backward=True) == floors.Traffic(300, 240)
+
+
+@pytest.mark.parametrize("group", [1, 2**27])  # a text at a time, and all at once
+@pytest.mark.parametrize("name", ["tiny", "tiny_shared"])
+def test_exact_contrastive_answer_is_plain_torchs_in_float64(name, group, monkeypatch):
+    monkeypatch.setattr(plain, "GROUP", group)
+    sizes = bench_contrastive_reward.SHAPES[name]
+    text, image, positive = bench_contrastive_reward.embeddings(sizes, torch.float64, "cpu")
+    rewards = plain.contrastive(text, image, positive, 20.0)
+    torch.testing.assert_close(plain.contrastive_exact(text, image, positive, 20.0, "reward"), (rewards,))
+    published = plain.contrastive_published(text, image, positive, 20.0)
+    torch.testing.assert_close(published[rewards < 0.7], rewards[rewards < 0.7])
+    assert (rewards < 0.7).any() and published.max() <= 16 / 20
+    leaves = [x.requires_grad_() for x in (text, image)]
+    losses = {"reward": lambda: -20 * plain.contrastive(*leaves, positive, 20.0).mean()}
+    if positive is None:
+        losses["infonce"] = lambda: plain.info_nce(*leaves, 20.0)
+    for variant, of in losses.items():
+        loss, upstream = of(), torch.tensor(0.37, dtype=torch.float64)
+        wanted = (loss.detach(), *torch.autograd.grad(loss, leaves, upstream))
+        found = plain.contrastive_exact(text, image, positive, 20.0, variant, upstream)
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_contrastive_rewards_are_computed_alike_by_all_who_can():
+    cases = bench_contrastive_reward.cases(TINY)
+    assert len(cases) == 6 and {case.variant for case in cases} == set(bench_contrastive_reward.VARIANTS)
+    for case in cases:
+        rows = [result.row for result in harness.measure(case, TINY)]
+        assert {row["status"] for row in rows} <= {"ok", "unavailable"}, report.table(rows)
+        done = {row["provider"]: row for row in rows if row["status"] == "ok"}
+        assert {"reference", "eager", "product"} <= done.keys() and ("cpp" in done or not fastcap.backends()["cpp"])
+        assert all(row["errors"] for row in done.values() if row["kind"] not in ("floor", "scale"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_goals_of_contrastive_rewards_name_providers_of_their_case(device):
+    promised = {}
+    for case in bench_contrastive_reward.cases(Settings("default", device)):
+        promised[case.shape] = promised.get(case.shape, 0) + len(case.goals)
+        for goal in case.goals:
+            assert goal.provider in case.providers and goal.against in (*case.providers, ""), (case.name, goal)
+    assert promised["b8192"] and promised["rl"] and (device == "cpu" or promised["b65536"])
+
+
+def test_floor_of_ranks_by_hand():
+    assert floors.retrieval_ranks(2, 3, 5, 4) == floors.Traffic(100, 60)
+
+
+def test_ranks_are_computed_alike_by_all_who_can():
+    cases = bench_retrieval_ranks.cases(TINY)
+    assert [case.shape for case in cases] == ["tiny", "tiny_shared"]
+    for case in cases:
+        rows = [result.row for result in harness.measure(case, TINY)]
+        assert {row["status"] for row in rows} <= {"ok", "unavailable"}, report.table(rows)
+        done = {row["provider"]: row for row in rows if row["status"] == "ok"}
+        assert {"reference", "eager", "float64", "product"} <= done.keys()
+        assert "cpp" in done or not fastcap.backends()["cpp"]
+        assert all(row["errors"] == [0.0, 0.0] for row in done.values() if row["kind"] not in ("floor", "scale"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_goals_of_ranks_name_providers_of_their_case(device):
+    for case in bench_retrieval_ranks.cases(Settings("default", device)):
+        assert case.goals
+        for goal in case.goals:
+            assert goal.provider in case.providers and goal.against in (*case.providers, ""), (case.name, goal)
+
+
 def test_floor_of_a_training_step_by_hand():
     # 1 caption of 2 words over 3; 4 locations of 5 numbers; attention 6, state 7 wide; 100 parameters
     found = floors.training_step(1, 2, 4, 6, 5, 7, 3, 100)
@@ -511,8 +586,10 @@ def test_gpu_rows_hold_device_and_host_time(module):
 
 def test_missing_peers_say_why():
     reasons = peers.missing("cpu")
-    assert set(reasons) == {"liger_kernel", "liger_kernel_linear", "cut_cross_entropy"}
-    assert all("runs on GPUs only" in reason for reason in reasons.values())
+    of_gpus = {"liger_kernel", "liger_kernel_linear", "cut_cross_entropy", "inf_cl"}
+    assert set(reasons) - {"open_clip"} == of_gpus
+    assert all("runs on GPUs only" in reasons[name] for name in of_gpus)
+    assert "pip install open-clip-torch" in reasons.get("open_clip", "pip install open-clip-torch")
 
 
 def test_torch_chunks_rows_as_asked():

@@ -199,7 +199,10 @@ def test_equal_recall_is_not_lower():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--story", "smiles"], "fastcap.demo: story must be one of 'smile', 'attention', got 'smiles'; pass smile"),
+        (
+            ["--story", "smiles"],
+            "fastcap.demo: story must be one of 'smile', 'attention', 'distinctive', got 'smiles';",
+        ),
         (["--story", "attention", "--data", "emoji"], "fastcap.demo: data must be scenes for the story of attention, got"),
         (["--story", "attention", "--scale", "0"], "fastcap.demo: scale must be in (0, 100], got 0.0; pass 1"),
         (["--scale", "0"], "fastcap.demo: scale must be in (0, 100], got 0.0; pass 1"),

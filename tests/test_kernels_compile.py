@@ -79,7 +79,10 @@ def assert_no_spill(cubin: Path, what: str) -> dict[str, dict[str, int]]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "case"), LAUNCHES)
 def test_triton_kernels_compile_without_spills(name, case, target, tmp_path, record_property):
+    backend, arch, _ = TARGETS[target]
     for i, launch in enumerate(_plans[name, case]):
+        if launch.majors and (backend != "cuda" or arch // 10 not in launch.majors):
+            continue  # a plan for another GPU
         compiled = compile_for(launch, *TARGETS[target])
         kernel = launch.kernel.fn.__name__
         if "cubin" not in compiled.asm:
@@ -95,7 +98,7 @@ def test_triton_kernels_compile_without_spills(name, case, target, tmp_path, rec
         cubin.write_bytes(compiled.asm["cubin"])
         used = assert_no_spill(cubin, f"{target} {kernel}")
         record_property(f"{case}-{target}-{kernel}", str(used[kernel]))
-        assert compiled.metadata.shared <= 48 * 1024
+        assert compiled.metadata.shared <= launch.shared
 
 
 @pytest.mark.parametrize("case", ["caption-first-in-subset-float32", "caption-first-in-subset-bfloat16", "caption-float32"])

@@ -1,4 +1,4 @@
-"""Captioning models, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`.
+"""Captioning models, their decoding, and their files: `build`, `save`, `load`, `greedy`, `beam_search`, `sample`.
 
 A model is an `nn.Module` made from one frozen dataclass of plain values. It offers
 `forward(images, inputs)` -> (logits [B, T, V], alphas [B, T, L] or None), `hidden_states(images, inputs)` -> [B, T, H]
@@ -7,10 +7,14 @@ with the linear layer `head`, with which the training fuses its loss, and `encod
 """
 
 from .blip import Blip, BlipConfig, small_architecture
+from .clip import Clip, ClipConfig
+from .clip_embedder import ClipEmbedder, Embedder, TransformersClipEmbedder
+from .clip_pretrained import load_clip
 from .decoding import Captions, beam_search, greedy
 from .encoders import BackboneEncoder, ConvEncoder, Encoder, FeatureEncoder, VggEncoder, build_encoder
 from .files import MODELS, build, load, save
 from .pretrained import PretrainedTokenizer, load_blip, load_tokenizer
+from .sampling import sample, sample_and_greedy
 from .show_attend_tell import VARIANTS, Decoded, ShowAttendTell, ShowAttendTellConfig
 from .show_tell import ShowTell, ShowTellConfig
 
@@ -21,8 +25,12 @@ __all__ = [
     "Blip",
     "BlipConfig",
     "Captions",
+    "Clip",
+    "ClipConfig",
+    "ClipEmbedder",
     "ConvEncoder",
     "Decoded",
+    "Embedder",
     "Encoder",
     "FeatureEncoder",
     "PretrainedTokenizer",
@@ -30,6 +38,7 @@ __all__ = [
     "ShowAttendTellConfig",
     "ShowTell",
     "ShowTellConfig",
+    "TransformersClipEmbedder",
     "VggEncoder",
     "beam_search",
     "build",
@@ -37,7 +46,10 @@ __all__ = [
     "greedy",
     "load",
     "load_blip",
+    "load_clip",
     "load_tokenizer",
+    "sample",
+    "sample_and_greedy",
     "save",
     "small_architecture",
 ]

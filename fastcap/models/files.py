@@ -13,10 +13,11 @@ from torch import nn
 from fastcap.errors import FastcapError, bad
 
 from .blip import Blip
+from .clip import Clip
 from .show_attend_tell import ShowAttendTell
 from .show_tell import ShowTell
 
-MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, ShowTell, Blip)}
+MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, ShowTell, Blip, Clip)}
 
 
 def build(name: str, **options: Any) -> nn.Module:

@@ -151,7 +151,7 @@ def load_blip(name: str, *, prompt: str = "", image_size: int | None = None) -> 
     if tokenizer.vocab_size > text.vocab_size:
         got = f"{tokenizer.vocab_size} tokens in {name}"
         raise bad("models", "pretrained", f"have at most {text.vocab_size} tokens, as its model", got, "mend the folder")
-    config = BlipConfig(_plain(blip.config), tokenizer.encode(prompt), *_normalisation(folder))
+    config = BlipConfig(_plain(blip.config), tokenizer.encode(prompt), *normalisation(folder))
     return Blip(config, blip), tokenizer
 
 
@@ -199,7 +199,7 @@ def _resize(blip: nn.Module, size: int) -> None:
     embeddings.image_size = config.image_size = size
 
 
-def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
+def normalisation(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, from the picture processor's file if there is one."""
     for file in ("preprocessor_config.json", "processor_config.json"):
         if (folder / file).is_file():

@@ -178,7 +178,8 @@ def ratio(own: Tensor, base: Tensor, options: Options) -> Tensor:
     """own - base, clamped; own where base is -inf: with nothing to compare with, the similarity itself."""
     if options.baseline != "none":
         own = own - base.masked_fill(base == -torch.inf, 0.0)
-    return own if options.clamp is None else own.clamp(*options.clamp)
+    ends = options.clamp or (None, None)
+    return own if ends[0] is None and ends[1] is None else own.clamp(*ends)
 
 
 def dense_base(s: Tensor, excluded: Tensor, baseline: str) -> Tensor:
@@ -212,6 +213,15 @@ def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
     """torch.logaddexp with a gradient of 0, not NaN, where both are -inf."""
     none = (x == -torch.inf) & (y == -torch.inf)
     return torch.logaddexp(x.masked_fill(none, 0.0), y).masked_fill(none, -torch.inf)
+
+
+def wide_for_mean(pairs: Embeddings, options: Options) -> Embeddings:
+    """In the dtype of sums if the mean is the baseline: an embedding's gradients through it and through the pair then cancel
+    before they are rounded to half precision, not after."""
+    if options.baseline != "mean":
+        return pairs
+    acc = _dtypes.acc_of(pairs.text)
+    return pairs._replace(text=pairs.text.to(acc), image=pairs.image.to(acc))
 
 
 def mean_over_images(pairs: Embeddings, own: Tensor, scale: Tensor, options: Options) -> Tensor:

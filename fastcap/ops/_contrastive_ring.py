@@ -207,7 +207,8 @@ def log_ratio(op: str, text, image, positive, logit_scale, group, options: Optio
     if pairs.distinct:
         pairs = pairs._replace(positive=pairs.positive + whole.images(ring.rank).start)
     anchor = torch.zeros((), device=text.device, requires_grad=whole.wanted)
-    own, row, _, col, col_index = _Turn.apply(text, image, scale, anchor, pairs.positive, whole, options, backend)
+    pairs = _contrastive.wide_for_mean(pairs, options)
+    own, row, _, col, col_index = _Turn.apply(*pairs[:2], scale, anchor, pairs.positive, whole, options, backend)
     siblings = _siblings(own, pairs.positive, whole, options, backend)
     if whole.siblings(options):
         own = own[whole.texts]

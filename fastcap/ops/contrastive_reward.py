@@ -259,8 +259,9 @@ def _log_ratio(op: str, text, image, positive, logit_scale, group, options: Opti
     backend = _backend.select(op, text.device.type, _backend.NO_CUDA)
     if backend == "reference":
         return reference(*pairs[:3], scale, options), scale
+    pairs = _contrastive.wide_for_mean(pairs, options)
     own, row, _, col, col_index = _Statistics.apply(
-        text, image, scale, pairs.positive, options, backend, torch.is_grad_enabled()
+        *pairs[:2], scale, pairs.positive, options, backend, torch.is_grad_enabled()
     )
     ratios = []
     if options.over_images:
@@ -324,9 +325,8 @@ def contrastive_reward(
             float32. On the CPU all are "highest", and under the reference backend torch's own setting holds.
         group: processes that hold the rows of `text` and `image` in shards of any sizes, in the order of their ranks;
             `positive` then counts images over all, and by default text p belongs to this process' image p.
-            Every process calls, and calls the backward if any wants a gradient: that of the sum of what all of them
-            differentiate. logit_scale, the same on all, gets this process' share of it: the shares are summed, or averaged
-            with a model's other gradients, as DistributedDataParallel does. None: this process holds all.
+            Every process calls, and runs the backward if any wants a gradient: that of the sum over the processes, of which
+            logit_scale, the same on all, gets this one's share, as DistributedDataParallel expects. None: all is here.
 
     Returns:
         [P], differentiable in text, image and logit_scale: float64 for float64 embeddings, else float32. Where nothing is

@@ -321,7 +321,8 @@ def retrieval_ranks(
         above_images, tied_images, above_texts, tied_texts = retrieval_counts(text, image, ...)
         1 + above_images + tied_images / 2, 1 + above_texts + tied_texts / 2
 
-    so recall@k is `(ranks <= k).mean()`, where a tie counts half: of two equal first images, each has rank 1.5.
+    A tie counts half: of two equal best images each has rank 1.5. For recall@k, `(ranks <= k).double().mean()` takes such a
+    text for found or not; `retrieval_counts` has what a share of it needs.
 
     Args:
         text, image, positive, normalize, progress: as in `retrieval_counts`.

@@ -14,7 +14,7 @@ from fastcap import functional
 from .operation import Case, Operation
 
 OP = "contrastive_reward"
-SCALE = 20.0  # at 100 the gradients of most of a small batch vanish
+SCALE = 5.0  # softmaxes of a small batch that are neither flat nor one-hot
 
 
 def make_pairs(P: int, Q: int, D: int, *, seed: int = 0) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ def _cases(**every: Any) -> list[Case]:
             add(f"{direction}-{baseline}", *several, direction=direction, baseline=baseline)
     add("raw", *several, normalize=False)
     add("raw-max", *small, normalize=False, baseline="max")
-    add("clamp", *several, clamp=(-2.0, 3.0))
-    add("clamp-above", *small, clamp=(None, 1.0), direction="image_to_text", exclude="group")
+    add("clamp", *several, clamp=(-1.0, 1.5))
+    add("clamp-above", *small, clamp=(None, 0.5), direction="image_to_text", exclude="group")
     add("int32", *several, several=False, positive=make_positive(9, 4).int(), logit_scale=100.0)
     # where kernels change their way: one of each, all texts of one image, blocks with tails
     add("ones", 1, 1, 3, normalize=False)
@@ -122,35 +122,36 @@ def _launches() -> Iterator[tuple[str, list[Any]]]:
         yield f"batch-max-{name}", plan(BATCH_SHAPE, dtype, baseline="max")
     yield "batch-high-float32", plan(BATCH_SHAPE, torch.float32, precision="high")
     yield "batch-high-max-float32", plan(BATCH_SHAPE, torch.float32, precision="high", baseline="max")
-    yield "batch-medium-float32", plan(BATCH_SHAPE, torch.float32, precision="medium")
     yield "batch-rows-bfloat16", plan(BATCH_SHAPE, torch.bfloat16, cols=False)
     yield "batch-cols-bfloat16", plan(BATCH_SHAPE, torch.bfloat16, rows=False)
     yield "reward-float16", plan(REWARD_SHAPE, torch.float16)
-    yield "reward-float32", plan(REWARD_SHAPE, torch.float32)
-    yield "reward-high-float32", plan(REWARD_SHAPE, torch.float32, precision="high")
-    yield "reward-float64", plan((200, 300, 500), torch.float64)
+    yield "reward-max-float16", plan(REWARD_SHAPE, torch.float16, baseline="max")
+    yield "reward-cols-high-float32", plan(REWARD_SHAPE, torch.float32, precision="high", rows=False)
+    yield "small-float32", plan((200, 300, 500), torch.float32)
+    yield "small-float64", plan((100, 200, 500), torch.float64)
     hopper, ampere = Device(9, 132, 227 << 10), Device(8, 108, 163 << 10)
     yield "large-hopper-bfloat16", plan(LARGE_SHAPE, torch.bfloat16, device=hopper)
-    yield "large-hopper-rows-bfloat16", plan(LARGE_SHAPE, torch.bfloat16, cols=False, device=hopper)
+    yield "large-hopper-cols-bfloat16", plan(LARGE_SHAPE, torch.bfloat16, rows=False, device=hopper)
     yield "large-hopper-high-float32", plan(LARGE_SHAPE, torch.float32, precision="high", device=hopper)
     yield "large-ampere-float16", plan((*LARGE_SHAPE[:2], 500), torch.float16, device=ampere)
     # Triton makes arguments that equal 1 into constants: another program
     yield "ones-float32", plan((1, 1, 1), torch.float32)
 
 
-def _operation(function: Any, **every: Any) -> Operation:
+def _operation(function: Any, launches: Any, **every: Any) -> Operation:
     return Operation(
         function=function,
         cases=functools.partial(_cases, **every),
         empty=Case("empty", {**make_pairs(0, 4, 5), **every}),
         inputs=("text", "image"),
         operators=tuple(f"{OP}_{name}" for name in ("fwd", "bwd", "others_fwd", "others_bwd")),
-        launches=_launches,
+        launches=launches,
         backends=("reference", "cpp", "triton"),
+        autocasts=True,  # in the backward of the reference only
         stem=OP,
         sums=True,
     )
 
 
-CONTRASTIVE_REWARD = _operation(functional.contrastive_reward)
-DECOUPLED_CONTRASTIVE_LOSS = _operation(functional.decoupled_contrastive_loss, reduction="sum")
+CONTRASTIVE_REWARD = _operation(functional.contrastive_reward, _launches)
+DECOUPLED_CONTRASTIVE_LOSS = _operation(functional.decoupled_contrastive_loss, lambda: iter(()), reduction="sum")  # the same

@@ -1,8 +1,8 @@
 """The training loop: `train(TrainConfig(data=..., out=...))`.
 
 `config` says what a run is, `recipes` what it takes where it was not told, by its model; `objectives` which loss it
-minimises, `setup` makes its parts, `loop` runs it, `checkpoint` and `logs` write it down; `captioner` puts what came out
-to use.
+minimises, or `rl` and its parts, where captions are rewarded; `setup` makes its parts, `loop` runs it, `checkpoint` and
+`logs` write it down; `captioner` puts what came out to use.
 """
 
 from __future__ import annotations

@@ -60,6 +60,9 @@ class Captioner:
         """From a checkpoint, or from the last one of a run's folder."""
         found = checkpoint.find(folder)
         config = checkpoint.read_config(found)
+        if config.model == "clip":
+            remedy = "it embeds and cannot caption; it is for train --reward-clip and evaluate --clip"
+            raise bad("caption", "checkpoint", "be a captioner's", f"{folder}, a clip", remedy)
         tokenizer = models.load_tokenizer(found)
         return cls(models.load(found, device), tokenizer, config.image_size, config.max_length)
 

@@ -4,6 +4,7 @@ OUT/checkpoints/step-00000500/
     model.json, model.safetensors     the model (fastcap.models.load)
     tokenizer.json                    the tokenizer (CaptionTokenizer.load)
     optimizer.safetensors             the optimiser's tensors, `<parameter>/<name>`
+    discriminator.safetensors         of a run by reinforcement: the discriminator and its optimiser
     trainer.json                      step, configuration, random generators, gradient scale
 OUT/checkpoints/last                  the name of the newest
 """
@@ -86,6 +87,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    discriminator: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes the checkpoint of `state["step"]`, points `last` at it, and removes all but the newest `keep`."""
     folder = Path(out) / "checkpoints"
@@ -96,6 +98,8 @@ def save(
     models.save(model, partial)
     tokenizer.save(partial / "tokenizer.json")
     _save_optimizer(model, optimizer, partial / "optimizer.safetensors")
+    if discriminator:
+        _save_tensors(discriminator, partial / "discriminator.safetensors")
     (partial / "trainer.json").write_text(json.dumps({**state, "random": random_state()}), encoding="utf-8")
     for file in partial.iterdir():
         _flush(file)
@@ -118,15 +122,7 @@ def save(
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Puts the saved tensors back into `optimizer`; its settings come from the configuration."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        saved = load_file(checkpoint / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        rule = "hold a whole optimizer.safetensors"
-        remedy = "use an earlier checkpoint, or start a new run with --init-from"
-        raise bad("train", "checkpoint", rule, f"{checkpoint} ({error})", remedy) from error
+    saved = load_tensors(checkpoint, "optimizer")
     for name, parameter in model.named_parameters():
         prefix = name + "/"
         for key in [key for key in saved if key.startswith(prefix)]:
@@ -138,16 +134,33 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Op
             optimizer.state[parameter][key[len(prefix) :]] = tensor
 
 
-def _save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
-    from safetensors.torch import save_file
+def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of `name`.safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
+    try:
+        return load_file(checkpoint / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        rule = f"hold a whole {name}.safetensors"
+        remedy = "use an earlier checkpoint, or start a new run with --init-from"
+        raise bad("train", "checkpoint", rule, f"{checkpoint} ({error})", remedy) from error
+
+
+def _save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {
-        f"{names[parameter]}/{key}": tensor.contiguous()
+        f"{names[parameter]}/{key}": tensor
         for parameter, values in optimizer.state.items()
         for key, tensor in values.items()
     }
-    save_file(tensors, file)
+    _save_tensors(tensors, file)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def random_state() -> dict[str, Any]:

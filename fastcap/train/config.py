@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastcap.errors import bad
-from fastcap.objectives import OBJECTIVES
+from fastcap.objectives import OBJECTIVES, REINFORCED
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TOKENIZERS = ("words", "wordpiece")
 ATTENTIONS = ("soft", "hard", "mean")
 VARIANTS = ("original", "tutorial")
 COVERAGE_REDUCTIONS = ("mean", "batchmean", "sum", "theano")
+POLICIES = ("sample", "beam")
+REWARD_BASELINES = ("two-way", "one-way", "similar", "greedy", "none")
+REWARD_EXCLUDES = ("self", "group")
+CONTRASTIVES = ("symmetric", "decoupled")
+GT_WEIGHTS = ("clamp0", "centered", "raw", "none")
 MOST_MEMORY = 2**30  # MB: a petabyte, and as bytes still an int64
 
 # What may change when a run is resumed: nothing here changes the weights that come out.
@@ -23,11 +28,13 @@ MOST_MEMORY = 2**30  # MB: a petabyte, and as bytes still an int64
 FREE_ON_RESUME = (
     "data",
     "features",
+    "reward_clip",
     "out",
     "device",
     "workers",
     "validate_every",
     "validate_batches",
+    "samples_every",
     "checkpoint_every",
     "keep",
 )
@@ -40,6 +47,8 @@ FROM_CHECKPOINT = (
     "encoder",
     "width",
     "attention_width",
+    "embed_width",
+    "text_layers",
     "attention",
     "variant",
     "dropout",
@@ -72,7 +81,7 @@ class TrainConfig:
         None, "features of the pictures' regions, in their place: HDF5, npz or a folder, as fastcap.data reads them", "Run"
     )
     out: str = _option("", "folder of the run: checkpoints and logs", "Run")
-    objective: str = _option("mle", "mle, smile, smile+mle or resmile", "Run")
+    objective: str = _option("mle", "mle, smile, smile+mle, resmile, or wtf-rl: reinforcement by a CLIP", "Run")
     mle_weight: float | None = _option(None, "share of MLE in smile+mle, where it is 0.01 unless given", "Run")
     init_from: str | None = _option(None, "checkpoint or run whose model and tokenizer to start from", "Run")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", "Run")
@@ -80,7 +89,7 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and dropout", "Run")
     workers: int = _option(0, "processes that load pictures; 0 loads in this one", "Run")
 
-    model: str = _option("show-attend-tell", "show-attend-tell, show-and-tell or blip", "Model")
+    model: str = _option("show-attend-tell", "show-attend-tell, show-and-tell, blip, or clip: no captioner", "Model")
     pretrained: str | None = _option(
         None,
         "of blip: transformers checkpoint to start from, a folder or a hub name; none: a small model with random weights. "
@@ -111,7 +120,7 @@ class TrainConfig:
     batch_size: int = _option(64, "captions a step", "Optimiser")
     accumulate: int = _option(1, "parts in which a step is computed: less memory, same result", "Optimiser")
     memory_budget: float = _option(256.0, "MB of scratch for losses over the whole vocabulary", "Optimiser")
-    lr: float | None = _option(None, "highest learning rate of AdamW", "Optimiser")
+    lr: float | None = _option(None, "highest learning rate of AdamW; by wtf-rl 3e-4, of blip 1e-6", "Optimiser")
     warmup: int | None = _option(None, "steps of linear rise, before half a cosine", "Optimiser")
     weight_decay: float | None = _option(None, "of matrices, not of vectors", "Optimiser")
     clip: float = _option(5.0, "largest norm of the gradient", "Optimiser")
@@ -130,8 +139,39 @@ class TrainConfig:
         0.0, "probability that a word to go on from is the model's own, not the reference's", "Attention"
     )
 
+    contrastive: str | None = _option(
+        None, "loss of pairs among others: symmetric, CLIP's cross-entropies, or decoupled, without the pair below", "CLIP"
+    )
+    embed_width: int | None = _option(None, "of the embeddings", "CLIP")
+    text_layers: int | None = _option(None, "of the transformer that reads texts", "CLIP")
+
+    reward_clip: str | None = _option(
+        None, "the CLIP that rewards: a run of --model clip, or a transformers CLIP by name or folder", "Reinforcement"
+    )
+    reward_baseline: str = _option(
+        "two-way",
+        "what is subtracted from the similarity: two-way, or one-way (image to text), the decoupled contrastive baselines; "
+        "similar, that to similar images; greedy, that of the greedy caption; or none",
+        "Reinforcement",
+    )
+    reward_scale: float | None = _option(None, "inverse temperature of those; the CLIP's own if not given", "Reinforcement")
+    reward_exclude: str = _option(
+        "self", "self: other captions of an image are among the others; group: they are not", "Reinforcement"
+    )
+    neighbours: int = _option(2, "images most similar to each of the batch that join it as others", "Reinforcement")
+    alpha: float = _option(0.94, "share of the similarity; the rest is the discriminator's", "Reinforcement")
+    discriminator_lr: float = _option(7e-5, "of the discriminator's Adam", "Reinforcement")
+    gt_weight: str = _option(
+        "clamp0", "of the data's captions, by reward: clamp0, if it is above 0; centered at 0; raw; or none", "Reinforcement"
+    )
+    policy: str = _option("sample", "which captions to reward: sample, or beam, the best of a beam", "Reinforcement")
+    samples: int = _option(1, "captions drawn of each image", "Reinforcement")
+    temperature: float = _option(1.0, "of the draws; the gradient is that of 1", "Reinforcement")
+    beam_size: int = _option(5, "of policy beam", "Reinforcement")
+
     validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
     validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
+    samples_every: int = _option(25, "of wtf-rl: steps between lines of samples.jsonl; 0 for none", "Logs and checkpoints")
     checkpoint_every: int = _option(500, "steps between checkpoints; the last has one", "Logs and checkpoints")
     keep: int = _option(2, "newest checkpoints to keep", "Logs and checkpoints")
 
@@ -145,17 +185,19 @@ class TrainConfig:
                 kind_name = {int: "an integer", float: "a number"}.get(kinds[0], "a string")
                 raise bad("train", name, f"be {kind_name}", value, f"pass {kind_name}")
         self._one_of("model", tuple(MODELS))
-        self._one_of("objective", tuple(OBJECTIVES))
+        self._one_of("objective", (*OBJECTIVES, *REINFORCED))
         self._one_of("precision", PRECISIONS)
         self._one_of("tokenizer", TOKENIZERS)
         self._one_of("attention", ATTENTIONS)
         self._one_of("variant", VARIANTS)
+        self._one_of("contrastive", CONTRASTIVES)
         self._one_of("coverage_reduction", COVERAGE_REDUCTIONS)
         self._check_coverage_target()
+        self._check_reinforcement()
         for name in ("data", "out", "encoder", "device", "pretrained", "features"):
             if getattr(self, name) == "":
                 raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
-        for name in ("width", "attention_width", "image_size", "min_count", "max_length"):
+        for name in ("width", "attention_width", "embed_width", "text_layers", "image_size", "min_count", "max_length"):
             self._at_least(name, 1)
         for name in ("steps", "batch_size", "accumulate", "validate_batches", "keep"):
             self._at_least(name, 1)
@@ -195,6 +237,37 @@ class TrainConfig:
         if not sound:
             rule, remedy = "be a finite number or 'length'", "pass coverage_target='1'"
             raise bad("train", "coverage_target", rule, self.coverage_target, remedy)
+
+    def _check_reinforcement(self) -> None:
+        """The fields under that heading; what does not combine with the objective is an error, not ignored."""
+        fields = [field for field in dataclasses.fields(self) if field.metadata["panel"] == "Reinforcement"]
+        if self.objective not in REINFORCED:
+            for field in fields:
+                if getattr(self, field.name) != field.default:
+                    rule, remedy = f"be left out with objective {self.objective}", "or pass --objective wtf-rl"
+                    raise bad("train", field.name, rule, getattr(self, field.name), remedy)
+            return
+        self._one_of("policy", POLICIES)
+        self._one_of("reward_baseline", REWARD_BASELINES)
+        self._one_of("reward_exclude", REWARD_EXCLUDES)
+        self._one_of("gt_weight", GT_WEIGHTS)
+        for name, least in (("samples", 1), ("beam_size", 1), ("neighbours", 0), ("samples_every", 0)):
+            self._at_least(name, least)
+        for name, usual in (("temperature", 1.0), ("discriminator_lr", 7e-5), ("reward_scale", 100.0)):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={usual}")
+        if not 0 <= self.alpha <= 1:
+            raise bad("train", "alpha", "be in [0, 1]", self.alpha, "pass alpha=0.94, or 1 for no discriminator")
+        if self.reward_baseline == "similar" and not self.neighbours:
+            remedy = "pass neighbours=2, or another reward_baseline"
+            raise bad("train", "neighbours", "be at least 1 with reward baseline 'similar'", 0, remedy)
+        for name, value in (("samples", 1), ("temperature", 1.0)):
+            if self.policy == "beam" and getattr(self, name) != value:
+                raise bad("train", name, f"be {value} with policy 'beam'", getattr(self, name), "or pass policy='sample'")
+        for name in ("coverage", "scheduled_sampling"):
+            if getattr(self, name):
+                remedy = "leave it out: it belongs to the likelihood, with which the captioner was trained before"
+                raise bad("train", name, f"be 0 with objective {self.objective}", getattr(self, name), remedy)
 
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) is not None and not getattr(self, name) >= least:

@@ -11,7 +11,8 @@ from typing import Any
 
 Record = dict[str, Any]
 """One step: step, epoch, loss, lr, grad_norm, images_per_s, seconds; with the terms of attention coverage, entropy and
-baseline; after a validation also val_loss and val_mle."""
+baseline; by reinforcement the parts of the reward (docs/recipes/distinctive.md); after a validation also val_loss, val_mle
+and val_reward."""
 
 
 class JsonLog:
@@ -84,6 +85,7 @@ class Progress:
     def write(self, record: Record) -> None:
         if self._bar is not None:
             loss, speed = f"{record['loss']:.3f}", f"{record['images_per_s']:,.0f}"
+            loss += f", reward {record['reward']:.3f}" if "reward" in record else ""
             self._bar.update(self._task, completed=record["step"], loss=loss, speed=speed)
         now = time.perf_counter()
         validated = "val_loss" in record
@@ -91,10 +93,12 @@ class Progress:
             self._printed = now
             left = (now - self._began) / (record["step"] - self._first) * (self._steps - record["step"])
             text = f"step {record['step']}/{self._steps}  loss {record['loss']:.3f}"
+            if "reward" in record:
+                text += f"  reward {record['reward']:.3f} ({_parts_of_reward(record)})"
             if validated:
                 text += f"  validation {record['val_loss']:.3f}"
-                as_mle = f"{record['val_mle']:.3f}"
-                text += f" (as MLE {as_mle})" if as_mle not in text else ""
+                text += _beside_loss(record)
+                text += f", reward {record['val_reward']:.3f}" if "val_reward" in record else ""
             self.note(f"{text}  {record['images_per_s']:,.0f} images/s  {_clock(left)} left")
 
     def note(self, text: str) -> None:
@@ -108,6 +112,22 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _parts_of_reward(record: Record) -> str:
+    parts = f"similarity {record['reward_similarity']:.3f}, own captions {record['reward_gt']:.3f}"
+    if "disc_accuracy" in record:
+        parts += f", discriminator {record['disc_accuracy']:.0%} right"
+    return f"{parts}; {record['length']:.1f} words, {record['unique']:.0%} unique"
+
+
+def _beside_loss(record: Record) -> str:
+    """What a validation found beside its loss: cross-entropy, or of a CLIP how it retrieves."""
+    if "val_mle" in record:
+        as_mle = f"{record['val_mle']:.3f}"
+        return f" (as MLE {as_mle})" if as_mle != f"{record['val_loss']:.3f}" else ""
+    found = f"{record['val_t2i_r1']:.1%} text to image, {record['val_i2t_r1']:.1%} image to text"
+    return f" (first of {record['val_images']}: {found})"
 
 
 def _clock(seconds: float) -> str:

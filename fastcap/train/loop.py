@@ -8,6 +8,7 @@ that is interrupted and resumed ends, on the CPU, with the same weights bit for 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,9 @@ from torch.nn import functional as F
 from fastcap import data, models
 from fastcap.errors import FastcapError, bad
 from fastcap.models.pretrained import STANDARD
+from fastcap.objectives import REINFORCED
 
-from . import checkpoint, setup
+from . import checkpoint, clip_loss, setup
 from .config import TrainConfig
 from .logs import JsonLog, Progress, Record, TensorBoardLog
 from .objectives import IGNORE, LossFunction, TrainingLoss, make_loss
@@ -33,7 +35,10 @@ _AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `loss` at its last step, `val_loss` and `val_mle` at its last validation, on `validation`."""
+    """How a run ended: `loss` at its last step, `val_loss` and `val_mle` at its last validation, on `validation`.
+
+    Of a CLIP `val_mle` is None, and `retrieval` says of how many `images` and how well it found them: what
+    `fastcap.eval.retrieval` measures."""
 
     model: nn.Module
     tokenizer: Any
@@ -46,6 +51,7 @@ class TrainResult:
     validation: Any | None
     seconds: float
     interrupted: bool
+    retrieval: dict[str, float] | None = None
 
 
 Callback = Callable[["Trainer", Record], None]
@@ -56,6 +62,7 @@ def train(
     *,
     resume: bool = False,
     loss_fn: LossFunction | None = None,
+    embedder: Any | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> TrainResult:
@@ -68,17 +75,20 @@ def train(
             tokens that are not -100, a scalar. Without it the loss is fused with the model's head: SMILE makes no logits but
             the first words' [B, V]; MLE, smile+mle and resmile keep the gradient of all [B * T, V] where it fits
             `config.memory_budget`, else make them in blocks.
+        embedder: in place of `config.reward_clip`: the CLIP that rewards, an object as `fastcap.train.embedders` makes them.
         callbacks: each is called after each step as `callback(trainer, record)`; `trainer.stop()` ends the run there,
             with a checkpoint.
         progress: write the progress to stderr.
 
     Raises:
-        FastcapError: an argument is wrong, `config.out` holds another run, or the loss is no longer finite.
+        FastcapError: an argument is wrong, `config.out` holds another run, the loss or a part of the reward is no longer
+            finite, or the captions or their rewards have been all the same for 20 steps.
 
     Ctrl-C and SIGTERM end the run after the step that is under way, with a checkpoint; the result then says
     `interrupted`.
     """
-    trainer = Trainer(config, resume=resume, loss_fn=loss_fn, callbacks=callbacks, progress=progress)
+    options = {"loss_fn": loss_fn, "embedder": embedder, "callbacks": callbacks, "progress": progress}
+    trainer = Trainer(config, resume=resume, **options)
     return trainer.run()
 
 
@@ -91,6 +101,7 @@ class Trainer:
         *,
         resume: bool = False,
         loss_fn: LossFunction | None = None,
+        embedder: Any | None = None,
         callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> None:
@@ -109,16 +120,18 @@ class Trainer:
         self.model.to(self.device)
         self.optimizer = setup.make_optimizer(config, self.model)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        if loss_fn is None:
+        if config.model == "clip":
+            clip_loss.check(config, loss_fn, embedder)
+        elif loss_fn is None:
             self._read = self.model.hidden_states
             self._loss = self._mle = make_loss(config, self.model.head)
-            if config.objective != "mle" or config.label_smoothing:
+            if config.objective not in ("mle", *REINFORCED) or config.label_smoothing:
                 self._mle = make_loss(replace(config, objective="mle", label_smoothing=0.0), self.model.head)
         else:
             self._read = lambda *inputs: self.model(*inputs)[0]
             self._loss, self._mle = loss_fn, _cross_entropy
-        self._training = TrainingLoss(config, self.model, loss_fn)
         self._callbacks, self._show = tuple(callbacks), progress
+        self._training = self._make_training(loss_fn, embedder)
         self._sampler = data.ShuffledBatches(
             len(self._pairs), config.batch_size, seed=config.seed, drop_last=len(self._pairs) >= config.batch_size
         )
@@ -140,6 +153,7 @@ class Trainer:
         self._introduce()
         logs = [JsonLog(self.out / "log.jsonl", self.step), TensorBoardLog(self.out / "tensorboard", self.step)]
         logs.append(self._progress)
+        samples = JsonLog(self.out / "samples.jsonl", self.step) if self._reinforced and config.samples_every else None
         self._began = time.perf_counter()
         try:
             with setup.interrupts(self._interrupt):
@@ -150,6 +164,8 @@ class Trainer:
                     self._last.update(record)
                     for log in logs:
                         log.write(record)
+                    if samples is not None and self._due(config.samples_every):
+                        samples.write(self._training.samples())
                     for callback in self._callbacks:
                         callback(self, record)
                     if self._stopped or self._due(config.checkpoint_every) or self.step == config.steps:
@@ -158,7 +174,7 @@ class Trainer:
                         break
                     self._began = time.perf_counter()  # the speed counts the loading of a batch, not the validation
         finally:
-            for log in logs:
+            for log in [*logs, *([samples] if samples else [])]:
                 log.close()
         return self._result()
 
@@ -174,9 +190,14 @@ class Trainer:
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def validate(self) -> dict[str, float]:
-        """The objective (`val_loss`) and cross-entropy (`val_mle`) per token of the validation batches."""
+        """The objective (`val_loss`) and cross-entropy (`val_mle`) per token of the validation batches.
+
+        By reinforcement both are the cross-entropy, and `val_reward` is the mean reward of an image's greedy caption.
+        """
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        if self.config.model == "clip":
+            return self._training.validate(self._validator)
+        sums, rewards = torch.zeros(3, dtype=torch.float64), []
         with torch.no_grad():
             for batch in self._validator:
                 images, inputs, target, lengths = self._to_device(batch)
@@ -186,8 +207,11 @@ class Trainer:
                     mle = loss if self._mle is self._loss else self._mle(read, target)
                 count = (target != IGNORE).sum().item()
                 sums += torch.tensor([loss.item() * count, mle.item() * count, count], dtype=torch.float64)
+                if self._reinforced and (found := self._training.validate(images, batch)) is not None:
+                    rewards.append(found)
         val_loss, val_mle = (sums[:2] / sums[2]).tolist()
-        return {"val_loss": val_loss, "val_mle": val_mle}
+        found = {"val_loss": val_loss, "val_mle": val_mle}
+        return {**found, "val_reward": torch.cat(rewards).mean().item()} if rewards else found
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment; only between steps is it one to resume from."""
@@ -199,7 +223,10 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "config": self.config.to_dict(),
         }
-        self._saved = checkpoint.save(self.out, self.model, self.tokenizer, self.optimizer, state, self.config.keep)
+        parts, tensors = (self.model, self.tokenizer, self.optimizer), {}
+        if self._reinforced:
+            state["reinforced"], tensors = self._training.state()
+        self._saved = checkpoint.save(self.out, *parts, state, self.config.keep, tensors)
         return self._saved
 
     def _restore(self, last: Path) -> None:
@@ -210,6 +237,10 @@ class Trainer:
             raise bad("train", "data", rule, len(self._pairs), remedy)
         checkpoint.load_optimizer(last, self.model, self.optimizer)
         self._scaler.load_state_dict(state["scaler"])
+        if self._reinforced:
+            with_discriminator = self.config.alpha < 1
+            tensors = checkpoint.load_tensors(last, "discriminator") if with_discriminator else {}
+            self._training.load(state.get("reinforced", {}), tensors)
         self.step, self._seconds, self._last, self._saved = state["step"], state["seconds"], state["last"], last
         checkpoint.set_random_state(state["random"])
 
@@ -232,7 +263,7 @@ class Trainer:
         self.optimizer.zero_grad()
         tokens = [int((part != IGNORE).sum()) for part in batch["target"].chunk(config.accumulate)]
         moved = self._to_device(batch)
-        self._training.begin(moved[0], batch["target"])
+        self._training.begin(moved[0], batch, self.step + 1)
         for *part, count in zip(*(x.chunk(config.accumulate) for x in moved), tokens, strict=True):
             with self._autocast():
                 loss = self._training.part(*part, count)
@@ -259,6 +290,31 @@ class Trainer:
                 remedy = f"lower --lr (it was {values['lr']:.2g}), raise --warmup, lower --clip{precision}{kept}"
                 raise bad("train", f"{name} of step {self.step + 1}", "be finite", values[name], remedy)
 
+    def _make_training(self, loss_fn: LossFunction | None, embedder: Any | None) -> Any:
+        """What the steps minimise: `TrainingLoss`, or by reinforcement `ReinforcedLoss`."""
+        config, self._reinforced = self.config, self.config.objective in REINFORCED
+        if config.model == "clip":
+            return clip_loss.ClipLoss(config, self.model, self.device, self._autocast)
+        if not self._reinforced:
+            if embedder is not None:
+                remedy = "or pass objective='wtf-rl'"
+                raise bad("train", "embedder", f"be left out with objective {config.objective}", embedder, remedy)
+            return TrainingLoss(config, self.model, loss_fn)
+        from . import rl
+
+        rl.check(config, self.model, embedder, loss_fn)
+        if embedder is None:
+            from . import embedders
+
+            embedder = embedders.load(config.reward_clip, self.device)
+        given = (embedder, self._pairs, self.out, self.device, self._autocast, self._note)
+        return rl.ReinforcedLoss(config, self.model, self.tokenizer, *given)
+
+    def _note(self, text: str) -> None:
+        """What is said before the progress begins."""
+        if self._show:
+            print(text, file=sys.stderr, flush=True)
+
     def _to_device(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """images, inputs, target, and lengths, which stay: the model reads them to plan its steps."""
         moved = (batch[name].to(self.device, non_blocking=True) for name in ("images", "inputs", "target"))
@@ -273,7 +329,7 @@ class Trainer:
         self._progress.note(
             f"{config.model}: {millions:.1f} M parameters, {self.tokenizer.vocab_size} words; "
             f"{len(self._pairs)} captions, {len(self._sampler)} steps an epoch; "
-            f"{config.objective}, {config.precision} on {self.device}"
+            f"{config.contrastive or config.objective}, {config.precision} on {self.device}"
         )
         if config.model == "blip" and config.pretrained == NO_CHECKPOINT:
             self._progress.note(
@@ -303,6 +359,7 @@ class Trainer:
             loss=self._last["loss"],
             val_loss=self._last["val_loss"],
             val_mle=self._last["val_mle"],
+            retrieval=clip_loss.retrieval_of(self._last),
             validation=self._validation,
             seconds=self._seconds,
             interrupted=bool(self._stopped) and self.step < self.config.steps,

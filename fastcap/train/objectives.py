@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastcap.errors import bad
 from fastcap.functional import linear_subset_cross_entropy
-from fastcap.objectives import OBJECTIVES
+from fastcap.objectives import OBJECTIVES, REINFORCED
 
 from .attention_terms import coverage_penalty, hard_attention_loss, update_baseline
 from .config import TrainConfig
@@ -28,9 +28,9 @@ def make_loss(config: TrainConfig, head: nn.Linear, reduction: str = "mean") -> 
     `config.memory_budget`, else logits are made in blocks. (The reference backend, plain torch, makes them all.)
 
     Label smoothing is part of MLE alone (`recipes.complete` refuses it elsewhere), so a mixture is one pass over the
-    vocabulary. `reduction="none"` gives the loss of each token, [B, T].
+    vocabulary. `reduction="none"` gives the loss of each token, [B, T]. Of a run by reinforcement it is MLE, to validate by.
     """
-    options = dict(OBJECTIVES[config.objective])
+    options = dict(OBJECTIVES["mle" if config.objective in REINFORCED else config.objective])
     if config.objective == "mle":
         options["label_smoothing"] = config.label_smoothing or 0.0
     if config.objective == "smile+mle" and config.mle_weight is not None:
@@ -71,8 +71,9 @@ class TrainingLoss:
             raise bad("train", "loss_fn", rule, loss_fn, remedy)
         self._objective = make_loss(config, model.head, "none" if self._hard else "mean")
 
-    def begin(self, images: Tensor, target: Tensor) -> None:
-        """Counts what the batch of a step holds; `target` lies on the CPU."""
+    def begin(self, images: Tensor, batch: dict[str, Any], step: int) -> None:
+        """Counts what the batch of a step holds, which lies on the CPU; `images` are on the device."""
+        target = batch["target"]
         self._tokens, self._captions = int((target != IGNORE).sum()), len(target)
         self._locations = None
         if self._config.coverage:

@@ -140,6 +140,12 @@ def _make_model(config: TrainConfig, tokenizer: Any, dataset: Any) -> nn.Module:
     encoder, options = config.encoder, {}
     if config.features:
         encoder = {"kind": "features", "width_in": dataset.features.width, "width": config.width}
+    if config.model == "clip":
+        options = {name: getattr(config, name) for name in ("image_size", "width", "embed_width", "text_layers", "dropout")}
+        if encoder == "conv":
+            encoder = {"kind": "conv", **recipes.CLIP_CONV}
+        given = {"vocab_size": tokenizer.vocab_size, "encoder": encoder, "context": config.max_length + 1}
+        return models.build("clip", **given, **options)
     if config.model == "show-attend-tell":
         options = {"attention_width": config.attention_width, "attention": config.attention, **VARIANTS[config.variant]}
     return models.build(
@@ -188,9 +194,11 @@ def make_loader(config: TrainConfig, dataset: Dataset, tokenizer: Any, device: t
 
 
 def validation_sampler(config: TrainConfig, dataset: Dataset) -> list[list[int]]:
-    """The same `validate_batches` batches each time, spread over the whole split."""
+    """The same `validate_batches` batches each time, spread over the whole split; of a clip, as mixed as in training."""
     wanted = min(len(dataset), config.validate_batches * config.batch_size)
     chosen = [i * len(dataset) // wanted for i in range(wanted)]
+    if config.model == "clip":
+        random.Random(0).shuffle(chosen)
     return [chosen[i : i + config.batch_size] for i in range(0, wanted, config.batch_size)]
 
 

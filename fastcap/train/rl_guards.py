@@ -1,0 +1,52 @@
+"""What stops a run by reinforcement that can no longer come to good, with what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fastcap.errors import bad
+
+PATIENCE = 20  # steps in a row in which nothing can be learnt
+LEAST_SPREAD = 1e-7  # of the rewards of a step: rounding of a cosine in float32
+
+_REMEDIES = {
+    "reward_similarity": "check the weights of --reward-clip: its embeddings of these captions or pictures are not finite",
+    "reward_baseline": "check --reward-scale and the weights of --reward-clip",
+    "reward_discriminator": "lower --discriminator-lr, or pass --alpha 1 for none",
+    "reward_gt": "check --reward-clip and --reward-scale, or pass --gt-weight none",
+}
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """Raises for the first part of the reward of `step` that is NaN or infinite."""
+    for name, remedy in _REMEDIES.items():
+        if name in values and not math.isfinite(values[name]):
+            raise bad("train", f"{name} of step {step}", "be finite", values[name], remedy)
+
+
+class Collapse:
+    """Counts the steps in a row whose captions, or whose rewards, are all the same; at `PATIENCE` it raises.
+
+    `counts` is what a checkpoint keeps.
+    """
+
+    def __init__(self, counts: dict[str, int] | None = None) -> None:
+        self.counts = counts or {"empty": 0, "identical": 0, "spread": 0}
+
+    def check(self, captions: Sequence[str], spread: float, step: int) -> None:
+        """captions: those drawn in `step`; spread: the standard deviation of their rewards."""
+        alike = len(captions) > 1 and len(set(captions)) == 1
+        seen = {"empty": not any(captions), "identical": alike, "spread": len(captions) > 1 and spread < LEAST_SPREAD}
+        for name, now in seen.items():
+            self.counts[name] = self.counts[name] + 1 if now else 0
+        remedy = "lower --lr or --alpha, or keep --gt-weight clamp0"
+        drawn, since = f"the captions drawn in step {step}", f"as in the {PATIENCE - 1} steps before"
+        if self.counts["empty"] >= PATIENCE:
+            raise bad("train", drawn, "have words", captions[0], f"none has, {since}: {remedy}")
+        if self.counts["identical"] >= PATIENCE:
+            raise bad("train", drawn, "differ from each other", captions[0], f"every image has it, {since}: {remedy}")
+        if self.counts["spread"] >= PATIENCE:
+            rule = f"have a spread (reward_spread) above {LEAST_SPREAD:g}, or there is nothing to learn"
+            remedy = "raise --temperature or --samples, pass another --reward-baseline, or check --reward-clip"
+            raise bad("train", f"the rewards of step {step}", rule, spread, f"{since}: {remedy}")
