@@ -51,11 +51,16 @@ def _largest(key, o, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _tile(x_ptr, x_strides, first, o, N, start, D, EVEN: tl.constexpr, FACTOR: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(
+    x_ptr, x_strides, first, o, N, start, D,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Rows first + o of x and a block of features from `start` on; rows past the end repeat the last, which costs no mask,
-    features past it are 0. Offsets inside of a tile are 32 bits wide, for they take registers: see _strides."""
+    features past it are 0. Offsets inside of a tile have 32 bits where these do, for they take registers; its own has 64."""
     o_d = tl.arange(0, BLOCK_D)
     o = tl.minimum(o, N - 1 - first)
+    if WIDE:
+        o, o_d = o.to(tl.int64), o_d.to(tl.int64)
     p = x_ptr + tl.full((), first, tl.int64) * x_strides[0] + tl.full((), start, tl.int64) * x_strides[1]
     p += o[:, None] * x_strides[0] + o_d[None, :] * x_strides[1]
     if EVEN:
@@ -67,14 +72,14 @@ def _tile(x_ptr, x_strides, first, o, N, start, D, EVEN: tl.constexpr, FACTOR: t
 @triton.jit
 def _scores(
     text_ptr, image_ptr, col_factor_ptr, text_strides, image_strides, row_factor, first_p, first_q, P, Q, D,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """s_pq of a tile, and b_q. What lies past the last row or column is of no meaning."""
     s = tl.zeros((BLOCK_P, BLOCK_Q), ACC)
     for start in range(0, D, BLOCK_D):
-        text = _tile(text_ptr, text_strides, first_p, tl.arange(0, BLOCK_P), P, start, D, EVEN, FACTOR, BLOCK_D)
-        image = _tile(image_ptr, image_strides, first_q, tl.arange(0, BLOCK_Q), Q, start, D, EVEN, FACTOR, BLOCK_D)
+        text = _tile(text_ptr, text_strides, first_p, tl.arange(0, BLOCK_P), P, start, D, EVEN, WIDE, FACTOR, BLOCK_D)
+        image = _tile(image_ptr, image_strides, first_q, tl.arange(0, BLOCK_Q), Q, start, D, EVEN, WIDE, FACTOR, BLOCK_D)
         s = tl.dot(text, tl.trans(image), s, input_precision=PRECISION, out_dtype=ACC)
     o_q = first_q + tl.arange(0, BLOCK_Q)
     col_factor = tl.load(col_factor_ptr + o_q, mask=o_q < Q, other=0.0)
@@ -94,8 +99,8 @@ def contrastive_reward_statistics_kernel(
     row_first_ptr, row_second_ptr, col_first_ptr, col_second_ptr,
     text_strides, image_strides,
     P, Q, D, GROUPS, ROW_BLOCKS, COL_BLOCKS,
-    MAX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEAST: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, KEY: tl.constexpr,
+    MAX: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LEAST: tl.constexpr, KEY: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The rectangle of ROW_BLOCKS x COL_BLOCKS tiles of a group of rows and one of GROUPS groups of columns."""
@@ -120,7 +125,7 @@ def contrastive_reward_statistics_kernel(
             m_q = o_q < Q
             s, _ = _scores(
                 text_ptr, image_ptr, col_factor_ptr, text_strides, image_strides, row_factor, start_p, start_q, P, Q, D,
-                EVEN, PRECISION, FACTOR, ACC, BLOCK_P, BLOCK_Q, BLOCK_D,
+                EVEN, WIDE, PRECISION, FACTOR, ACC, BLOCK_P, BLOCK_Q, BLOCK_D,
             )  # fmt: skip
             pair_of = _pairs_in(positive, start_q, Q, BLOCK_Q)
             if (tl.max(pair_of, 0) >= 0) | (start_p + BLOCK_P > P) | (start_q + BLOCK_Q > Q):  # few tiles
@@ -217,7 +222,7 @@ def contrastive_reward_weights_kernel(
     down_ptr, drow_ptr, dcol_ptr, text_ptr, image_ptr, positive_ptr, row_factor_ptr, col_factor_ptr, row_ptr, col_ptr,
     weights_ptr, text_strides, image_strides,
     P, Q, D, FIRST_P, FIRST_Q, WIDTH, ROW_BLOCKS,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
+    EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A tile of D_pq, of the rows from FIRST_P to P and the columns from FIRST_Q to Q; WIDTH numbers lie in a row of the
@@ -228,7 +233,7 @@ def contrastive_reward_weights_kernel(
     row_factor = tl.load(row_factor_ptr + o_p, mask=m_p, other=0.0)
     s, col_factor = _scores(
         text_ptr, image_ptr, col_factor_ptr, text_strides, image_strides, row_factor, FIRST_P + in_p, FIRST_Q + in_q,
-        P, Q, D, EVEN, PRECISION, FACTOR, ACC, BLOCK_P, BLOCK_Q, BLOCK_D,
+        P, Q, D, EVEN, WIDE, PRECISION, FACTOR, ACC, BLOCK_P, BLOCK_Q, BLOCK_D,
     )  # fmt: skip
     # Where nothing was left, the pair is all there is: exp(s - -inf), which it replaces below, is not to be looked at.
     if row_ptr is None:

@@ -147,13 +147,14 @@ def _common(tiles, text, image, positive, row_factor, col_factor, precision, dev
     factor = TYPES[text.dtype]
     if factor == tl.bfloat16 and text.device.type == "cpu":
         factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16
-    depth = block_of(D, tile.depth)
+    depth, block_p, block_q = block_of(D, tile.depth), block_of(P, tile.rows), block_of(Q, tile.cols)
+    reach = (n * x.stride(0) + depth * x.stride(1) for x, n in ((text, block_p), (image, block_q)))
     return dict(
         text_ptr=text, image_ptr=image, positive_ptr=positive.contiguous(),
         row_factor_ptr=row_factor.contiguous(), col_factor_ptr=col_factor.contiguous(),
         text_strides=text.stride(), image_strides=image.stride(), P=P, Q=Q, D=D,
-        EVEN=D % depth == 0, PRECISION=precision, FACTOR=factor, ACC=acc_of(text),
-        BLOCK_P=block_of(P, tile.rows), BLOCK_Q=block_of(Q, tile.cols), BLOCK_D=depth,
+        EVEN=D % depth == 0, WIDE=max(reach) >= 2**31, PRECISION=precision, FACTOR=factor, ACC=acc_of(text),
+        BLOCK_P=block_p, BLOCK_Q=block_q, BLOCK_D=depth,
     ), tile  # fmt: skip
 
 

@@ -116,6 +116,7 @@ ONE_WAY, OTHER_WAY = {"direction": "text_to_image"}, {"direction": "image_to_tex
 BY_HAND = [  # (positive, options, the odds of each pair against its others)
     (None, ONE_WAY, [6 / 3, 4 / 8, 8 / 2]),
     (None, OTHER_WAY, [6 / 4, 4 / 3, 8 / 6]),
+    (None, {"clamp": (None, None), **OTHER_WAY}, [6 / 4, 4 / 3, 8 / 6]),
     (None, {}, [(6 / 3 * 6 / 4) ** 0.5, (4 / 8 * 4 / 3) ** 0.5, (8 / 2 * 8 / 6) ** 0.5]),
     (None, {"baseline": "max"}, [(6 / 2 * 6 / 3) ** 0.5, (4 / 5 * 4 / 2) ** 0.5, (8 / 1 * 8 / 5) ** 0.5]),
     (None, {"baseline": "mean", **ONE_WAY}, [6 / 2**0.5, 4 / 15**0.5, 8 / 1]),
@@ -169,6 +170,26 @@ def test_each_dtype_is_as_exact_as_plain_torch(dtype, fused):
         # scores of up to 20 are rounded, and their exponentials weigh what cancels in gradients
         for what, a, e, p, size in zip(("result", "dtext", "dimage"), found, exact, plain, (1.0, 20.0, 20.0), strict=False):
             assert_close_to_float64(a, e, p, f"{what}, {options}", size=size)
+
+
+def test_gradients_through_a_mean_are_rounded_to_half_precision_once(target):
+    """Nearly equal images: those through the pair and through the mean cancel to a 500th of either."""
+    text = torch.linspace(0.5, 1, 24, dtype=torch.float64).view(3, 8).bfloat16()
+    image = torch.ones(2, 8, dtype=torch.bfloat16)
+    image[1, ::2] += 2**-7  # the next number
+    given = {"positive": torch.tensor([0, 1, 0]), "baseline": "mean", "direction": "text_to_image", **RAW}
+    exact = expected(text.double(), image.double(), **given)
+    found = run(target, text, image, dtype=torch.bfloat16, **given)
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=2**-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_autocast_changes_nothing(baseline, target):
+    inputs = make(6, 4)
+    with torch.autocast(target.device, dtype=torch.bfloat16):
+        found = run(target, *inputs, dtype=torch.float32, baseline=baseline, scale=9.0)
+    plain = run(target, *inputs, dtype=torch.float32, baseline=baseline, scale=9.0)
+    agree(found, plain, rtol=0, atol=0)
 
 
 @drawn(st.data())

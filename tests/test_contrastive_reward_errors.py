@@ -5,6 +5,7 @@ What it computes: test_contrastive_reward.py.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -207,15 +208,18 @@ def test_a_double_backward_is_refused_but_by_the_reference(target):
                 gradient.sum().backward()
 
 
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_the_loss_compiles_without_a_graph_break(backend):
+def test_the_loss_compiles_without_a_graph_break(backend, dynamic, baseline):
     if not fastcap.backends()[backend]:
         pytest.skip(fastcap.backends()[backend].reason)
     torch._dynamo.reset()
-    compiled = torch.compile(decoupled_contrastive_loss, fullgraph=True, backend="aot_eager")
+    loss_of = functools.partial(decoupled_contrastive_loss, baseline=baseline)
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     text, image, positive = make(6, 5)
     found = []
-    for function in (decoupled_contrastive_loss, compiled):
+    for function in (loss_of, compiled):
         leaves = [x.clone().requires_grad_() for x in (text, image, torch.tensor(7.0, dtype=torch.float64))]
         with fastcap.backend(backend):
             loss = function(*leaves[:2], positive=positive, logit_scale=leaves[2], clamp=(None, 3.0))
@@ -262,6 +266,7 @@ INSIDE = "positive must lie in [0, {}), the rows of image, got {}; pass the row 
 SCALE = (
     "logit_scale must be a finite number above 0, or a tensor of one, got {}; pass logit_scale=100.0, or exp of the learnt"
 )
+RANGE = "logit_scale must lie in [1.18e-38, 3.4e+38], where sums are float32, got {}; scale the"
 BASELINE = "baseline must be one of 'logsumexp', 'max', 'mean', 'none', got {}; pass baseline='logsumexp'"
 DIRECTION = "direction must be one of 'both', 'text_to_image', 'image_to_text', got {}; pass direction='both'"
 PAIR = "clamp must be None or a pair (lowest, highest), got {}; pass clamp=(None, 16.0), or None for none"
@@ -291,6 +296,8 @@ OPTIONS = [  # (name, value, the message)
     *(("logit_scale", value, SCALE.format(repr(value))) for value in (0, -1.0, nan, inf, True, "100", None)),
     ("logit_scale", torch.tensor(-2.0), SCALE.format(-2.0)),
     ("logit_scale", torch.tensor(inf), SCALE.format(inf)),
+    *(("logit_scale", value, RANGE.format(value)) for value in (1e39, 1e-39, 10**39)),
+    ("logit_scale", torch.tensor(1e39, dtype=torch.float64), RANGE.format(1e39)),
     ("logit_scale", torch.ones(2), SCALE.format("'torch.float32 [2]'")),
     ("logit_scale", torch.tensor(3), SCALE.format("'torch.int64 []'")),
     *(("baseline", value, BASELINE.format(repr(value))) for value in ("lse", None, "")),
@@ -417,3 +424,11 @@ def test_the_extension_checks_what_it_is_given(cpp):
         for value in values:
             with pytest.raises((FastcapError, TypeError)):
                 extension.contrastive_reward_block_fwd_cpu(*{**good, name: value}.values())
+    index = {"row_index": torch.zeros(4).long(), "col_index": torch.zeros(5).long()}
+    for absent in (
+        {"row_top": None}, {"col_top": None}, {"row_top": None, "row_sum": None, "col_top": None, "col_sum": None},
+        {"row_top": None, "row_sum": None, "row_index": index["row_index"]},
+        {"col_top": None, "col_sum": None, "col_index": index["col_index"]},
+    ):  # fmt: skip
+        with pytest.raises(FastcapError, match="top must be given"):
+            extension.contrastive_reward_block_fwd_cpu(*{**good, **absent}.values())

@@ -35,7 +35,10 @@ void check_factors(const Args& args) {
 }
 
 void check_running(const Tensor& top, const Tensor& sum, const Tensor& index, int64_t n, DType acc) {
-  if (!top) return;
+  if (!top) {
+    if (sum || index) bad(kOp, "top", "be given with sum or index", "none", "call the public function");
+    return;
+  }
   check_vector("top", top, n, acc);
   if (static_cast<bool>(sum) == static_cast<bool>(index))
     bad(kOp, "sum", "be given or index, one of them", sum ? "both" : "neither", "call the public function");
@@ -51,6 +54,8 @@ void check_score_block(const ScoreBlockForward& args) {
   check_vector("own", args.own, args.scores.sizes[0], acc);
   check_running(args.row_top, args.row_sum, args.row_index, args.scores.sizes[0], acc);
   check_running(args.col_top, args.col_sum, args.col_index, args.scores.sizes[1], acc);
+  if (!args.row_top && !args.col_top)
+    bad(kOp, "row_top", "be given, or col_top, or both", "neither", "call the public function");
   if (args.row_top && args.col_top && static_cast<bool>(args.row_sum) != static_cast<bool>(args.col_sum))
     bad(kOp, "sum", "be given for both or neither", "one", "call the public function");
 }

@@ -83,11 +83,21 @@ def scale_of(op: str, logit_scale: float | Tensor, text: Tensor) -> Tensor:
             value = logit_scale.item()
             if value <= 0 or value == math.inf:  # NaN is the computation's own, and stays visible in what comes out
                 raise bad(op, "logit_scale", rule, value, remedy)
+            _check_range(op, value, acc)
         return logit_scale.reshape(()).to(acc)
     is_number = isinstance(logit_scale, (int, float)) and not isinstance(logit_scale, bool)
     if not is_number or not 0 < logit_scale < math.inf:
         raise bad(op, "logit_scale", rule, logit_scale, remedy)
+    _check_range(op, logit_scale, acc)
     return torch.full((), float(logit_scale), dtype=acc, device=text.device)
+
+
+def _check_range(op: str, scale: float, acc: torch.dtype) -> None:
+    """`scale` is neither 0 nor infinite in the dtype of sums, which may be narrower than its own."""
+    range = torch.finfo(acc)
+    if scale < range.tiny or scale > range.max:
+        rule = f"lie in [{range.tiny:.3g}, {range.max:.3g}], where sums are {str(acc).removeprefix('torch.')}"
+        raise bad(op, "logit_scale", rule, scale, "scale the embeddings' similarities less, such as by 100.0")
 
 
 def check_sizes(op: str, text: Tensor, of_texts: dict[str, Tensor], image: Tensor, of_images: dict[str, Tensor]) -> None:
@@ -105,6 +115,12 @@ def here(positive: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     return (positive >= 0) & (positive < Q), positive.clamp(0, max(Q - 1, 0))
 
 
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """<x_i, y_i> [N], in their dtype: autocast has it made in half precision."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.linalg.vecdot(x, y)
+
+
 def own_scores(
     text: Tensor, image: Tensor, positive: Tensor, row_factor: Tensor, col_factor: Tensor, own: Tensor
 ) -> None:  # fmt: skip
@@ -113,7 +129,7 @@ def own_scores(
         own.fill_(torch.nan)
         return
     mine, index = here(positive, image.shape[0])
-    dots = torch.linalg.vecdot(text.to(own.dtype), image[index].to(own.dtype))
+    dots = _dots(text.to(own.dtype), image[index].to(own.dtype))
     own.copy_((dots * row_factor * col_factor[index]).where(mine, torch.nan))
 
 
@@ -162,7 +178,7 @@ def through_norms(
         if not need:
             gradients.append(None)
             continue
-        moved = torch.linalg.vecdot(x.to(dx.dtype), dx) if normalize or x is text else None
+        moved = _dots(x.to(dx.dtype), dx) if normalize or x is text else None
         along = moved if along is None else along
         if normalize:
             shrink = (moved * inverse * inverse).masked_fill(inverse >= 1 / _embeddings.EPS, 0.0)

@@ -72,6 +72,10 @@ def inverse_norms(x: Tensor, normalize: bool) -> Tensor:
 
 
 def normalized(x: Tensor, normalize: bool) -> Tensor:
-    """x in the dtype of sums, its rows of unit length where wanted. Differentiable; the reference's way."""
+    """x in the dtype of sums, its rows of unit length where wanted. Differentiable; the reference's way.
+
+    EPS is torch's default here. Passed on, it would be a symbol under torch.compile(dynamic=True), which fails where an
+    autograd.Function of the same graph has met it before (torch 2.13).
+    """
     x = x.to(_dtypes.acc_of(x))
-    return torch.nn.functional.normalize(x, dim=1, eps=EPS) if normalize else x
+    return torch.nn.functional.normalize(x, dim=1) if normalize else x

@@ -127,7 +127,6 @@ def _launches() -> Iterator[tuple[str, list[Any]]]:
     yield "reward-float16", plan(REWARD_SHAPE, torch.float16)
     yield "reward-max-float16", plan(REWARD_SHAPE, torch.float16, baseline="max")
     yield "reward-cols-high-float32", plan(REWARD_SHAPE, torch.float32, precision="high", rows=False)
-    yield "small-float32", plan((200, 300, 500), torch.float32)
     yield "small-float64", plan((100, 200, 500), torch.float64)
     hopper, ampere = Device(9, 132, 227 << 10), Device(8, 108, 163 << 10)
     yield "large-hopper-bfloat16", plan(LARGE_SHAPE, torch.bfloat16, device=hopper)
