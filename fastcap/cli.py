@@ -122,7 +122,7 @@ def train(context: typer.Context, resume: bool, **options: Any) -> None:
         )
         raise typer.Exit(INTERRUPTED)
     print(f"{result.step} steps in {result.seconds:.0f} s; saved {result.checkpoint}")
-    if result.validation is not None:
+    if result.val_loss is not None and result.validation is not None:  # a run that was over is not validated again
         (_show_retrieval if result.retrieval else _show_samples)(result)
 
 
@@ -157,8 +157,9 @@ def _show_samples(result: Any) -> None:
     images = stack_images([item["image"] for item in items])
     captions = [caption for batch in images.split(25) for caption in captioner(batch)]
     varied = diversity(captions)
+    loss, mle = f"{result.val_loss:.3f}", f"{result.val_mle:.3f}"
     print(
-        f"validation {result.val_loss:.3f} (as MLE {result.val_mle:.3f}); {count} greedy captions: "
+        f"validation {loss}{f' (as MLE {mle})' if mle != loss else ''}; {count} greedy captions: "
         f"{varied['mean_length']:.1f} words each, {varied['vocabulary']} in all, {varied['unique_share']:.0%} unique"
     )
     for item, said in list(zip(items, captions, strict=True))[:: max(1, count // 3)][:3]:

@@ -132,6 +132,14 @@ def test_resume_needs_only_the_folder(fastcap, scenes, tmp_path):
     )
 
 
+@pytest.mark.parametrize("model", ["show-attend-tell", "clip"])
+def test_a_run_that_was_over_says_nothing_of_a_validation_that_it_never_had(fastcap, scenes, tmp_path, model):
+    options = f"--model {model} --steps 1 --width 32 --batch-size 8 --validate-every 0".split()
+    assert fastcap("train", "--data", scenes, "--out", tmp_path / "run", *options)[0] == 0
+    status, out, _ = fastcap("train", "--out", tmp_path / "run", "--resume", "--validate-every", 1)
+    assert status == 0 and out.count("\n") == 1 and out.startswith("1 steps in ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

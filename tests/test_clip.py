@@ -293,12 +293,27 @@ def test_bf16_trains_on_the_cpu(config):
         ({"model": "show-and-tell", "embed_width": None, "contrastive": "decoupled"}, "contrastive must be left out with"),
         ({"model": "show-and-tell"}, "embed_width must be left out with show-and-tell, got 16; that model has no"),
         ({"width": 40}, "width must be a multiple of 32"),
+        ({"batch_size": 1}, "batch_size must be at least 2 with clip, got 1; "),
     ],
 )
 def test_what_a_clip_does_not_have_is_refused(config, changes, message):
     with pytest.raises(FastcapError) as caught:
         _quiet(_with(config, **changes))
     assert message in str(caught.value)
+
+
+def test_what_a_run_does_not_bring_is_checked_too(config, scenes, tmp_path):
+    _quiet(_with(config, steps=1))
+    again = {"data": scenes, "out": str(tmp_path / "again"), "init_from": config.out}
+    with pytest.raises(FastcapError, match=r"label_smoothing must be left out with clip, got 0\.2"):
+        Trainer(TrainConfig(label_smoothing=0.2, **again), progress=False)
+    with pytest.raises(FastcapError, match=r"init_from must be a captioner's run with objective wtf-rl, got '.*, a clip'"):
+        Trainer(TrainConfig(objective="wtf-rl", reward_clip=config.out, **again), progress=False)
+    captioner = str(tmp_path / "captioner")
+    options = {"model": "show-and-tell", "width": 16, "steps": 1, "batch_size": 8, "validate_every": 0}
+    _quiet(TrainConfig(data=scenes, out=captioner, **options))
+    with pytest.raises(FastcapError, match="contrastive must be left out with show-and-tell, got 'decoupled'"):
+        Trainer(TrainConfig(contrastive="decoupled", **{**again, "init_from": captioner}), progress=False)
 
 
 def test_a_loss_of_ones_own_is_refused_and_another_loss_has_its_name(config):

@@ -173,6 +173,20 @@ def test_any_rectangles_find_the_first_of_the_largest(small_plan):
 
 
 @pytest.mark.interpreter
+def test_of_equal_largest_in_several_tiles_the_first_is_found(small_plan):
+    P, Q = 90, 67
+    text, image, positive = torch.ones(P, 3), torch.ones(Q, 3), torch.arange(P) % Q
+    own, row, col = torch.empty(P), torch.empty(P), torch.empty(Q)
+    row_index, col_index = torch.empty(P, dtype=torch.int64), torch.empty(Q, dtype=torch.int64)
+    factors = torch.ones(P), torch.ones(Q)
+    given = text, image, positive, *factors, own, row, row_index, col, col_index
+    kernels.contrastive_reward_fwd(*given, "max", "highest")
+    assert torch.equal(row_index, (positive == 0).long())  # image 0, and image 1 where 0 is the text's own
+    assert torch.equal(col_index, (torch.arange(Q) == 0).long())  # text 0, whose own image is 0
+    assert (torch.cat([own, row, col]) == 3).all()
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize(("rows", "cols"), [(True, False), (False, True)])
 def test_one_direction_alone(rows, cols, small_plan):
     check(*call(90, 67, 19, torch.float32, rows=rows, cols=cols), size=30.0)

@@ -547,6 +547,10 @@ def test_results_keep_what_they_hold(tmp_path):
             ["--captions", "c.json", "--beam", "0"],
             "fastcap.evaluate: beam must be an integer of at least 1, got 0; pass beam=1",
         ),
+        (
+            ["--captions", "c.json", "--length-penalty", "nan"],
+            "fastcap.evaluate: length_penalty must be a finite number, got nan; pass length_penalty=0.0",
+        ),
         (["--captions", "c.json", "--out", "c.json"], "fastcap.evaluate: out must be a folder, got 'c.json'; name another"),
         (
             ["--captions", "c.json", "--captions", "c.json"],

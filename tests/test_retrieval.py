@@ -181,6 +181,7 @@ NAN = torch.tensor([[1.0, 0.0], [float("nan"), 0.0]])
         ((NAN, torch.eye(2)), "text must be finite, got 'NaN or infinity in row 1'; check the model that made it"),
         ((torch.eye(2), NAN / 0), "image must be finite, got 'NaN or infinity in row 0'"),
         ((torch.eye(2), torch.eye(2), None, (0,)), r"ks must be integers of at least 1, got 0; pass ks=\(1, 5, 10\)"),
+        ((torch.eye(2), torch.eye(2), None, 5), r"ks must be integers of at least 1, got 5; pass ks=\(1, 5, 10\)"),
         ((torch.eye(2), torch.eye(2), torch.tensor([0, 2])), r"positive must lie in \[0, 2\), the rows of image, got 2"),
         ((torch.eye(3), torch.eye(3)[:2]), "positive must be given where there are more texts than images, 3 and 2"),
     ],

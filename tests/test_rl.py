@@ -291,7 +291,7 @@ def test_the_log_and_the_samples_hold_the_parts_of_the_reward(config):
     result = _run(config)
     log = _lines(config)
     usual = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "seconds", "length", "unique", "disc_accuracy"}
-    usual |= {"disc_loss", "reward", "reward_greedy"}
+    usual |= {"disc_loss", "reward", "reward_greedy", "texts_cut"}
     usual |= {f"reward_{name}" for name in ("similarity", "baseline", "discriminator", "gt", "spread")}
     assert set(log[0]) == usual and set(log[-1]) == usual | {"val_loss", "val_mle", "val_reward"}
     assert result.val_loss == result.val_mle == log[-1]["val_mle"]
@@ -389,7 +389,8 @@ def test_a_captioner_of_features_is_rewarded_by_its_pictures(scenes, tmp_path):
 def test_another_clip_does_not_go_on_with_a_run(config):
     _run(config, callbacks=[lambda trainer, record: trainer.stop()])
     with pytest.raises(FastcapError, match=r"train: reward_clip must have the weights that the run began with"):
-        _run(config, StandIn(seed=1), resume=True)
+        _run(config, other := StandIn(seed=1), resume=True)
+    assert not other.calls  # it is refused before it embeds the pictures
 
 
 def test_a_step_makes_no_logits_of_all_words(scenes, captioner, tmp_path):
@@ -534,15 +535,34 @@ def test_what_can_teach_nothing_stops_the_run_after_a_while(monkeypatch, caption
     monkeypatch.setattr(rl_guards, "PATIENCE", 3)
     guard = rl_guards.Collapse()
     for step in (1, 2):
-        guard.check(captions, spread, step)
-    guard.check(["a", "b"], 1.0, 3)
+        guard.check(captions, spread, step, 2)
+    guard.check(["a", "b"], 1.0, 3, 2)
     assert set(guard.counts.values()) == {0}
-    guard.check(captions, spread, 2)
+    guard.check(captions, spread, 2, 2)
     guard = rl_guards.Collapse(dict(guard.counts))  # as a checkpoint keeps it
-    guard.check(captions, spread, 3)
+    guard.check(captions, spread, 3, 2)
     with pytest.raises(FastcapError, match=message):
-        guard.check(captions, spread, 4)
-    rl_guards.Collapse().check(["a"], 0.0, 1)  # one caption cannot differ from others
+        guard.check(captions, spread, 4, 2)
+
+
+def test_texts_that_the_clip_cut_are_told(config, capsys):
+    class Short(StandIn):
+        truncated = 0
+
+        def texts(self, captions):
+            self.truncated += len([caption for caption in captions if len(caption.split()) > 3])
+            return super().texts(captions)
+
+    train(_with(config, steps=2, policy="beam"), embedder=(short := Short()))
+    cut = [line["texts_cut"] for line in _lines(config)]
+    assert min(cut) > 0 and sum(cut) == short.truncated  # the data's own captions among them
+    assert f", {cut[-1]:.0f} texts longer than the CLIP's context; " in capsys.readouterr().err
+
+
+def test_captions_of_one_image_may_be_alike(config, monkeypatch):
+    monkeypatch.setattr(rl_guards, "PATIENCE", 2)
+    _run(_with(config, batch_size=1, samples=3, temperature=1e-3, steps=4))
+    assert {line["unique"] for line in _lines(config)} == {1 / 3}
 
 
 @pytest.mark.parametrize(
@@ -582,6 +602,8 @@ def test_what_reinforcement_needs_is_asked_for(config, captioner):
         Trainer(config, progress=False)
     with pytest.raises(FastcapError, match="init_from must be given with objective wtf-rl, got None; train a captioner"):
         Trainer(_with(config, init_from=None), embedder=StandIn(), progress=False)
+    with pytest.raises(FastcapError, match=r"label_smoothing must be 0 with objective wtf-rl, got 0\.1; .* the likelihood"):
+        Trainer(_with(config, label_smoothing=0.1), embedder=StandIn(), progress=False)
     with pytest.raises(FastcapError, match="loss_fn must be left out"):
         Trainer(config, embedder=StandIn(), loss_fn=lambda logits, target: logits.sum(), progress=False)
     with pytest.raises(FastcapError, match="embedder must be left out with objective mle"):

@@ -149,9 +149,12 @@ def summary(found: Retrieved, ks: Sequence[int] = KS) -> dict[str, float]:
 
 
 def check_ks(op: str, ks: Sequence[int]) -> None:
+    rule, remedy = "be integers of at least 1", "pass ks=(1, 5, 10)"
+    if not isinstance(ks, Sequence):
+        raise bad(op, "ks", rule, ks, remedy)
     for k in ks:
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise bad(op, "ks", "be integers of at least 1", k, "pass ks=(1, 5, 10)")
+            raise bad(op, "ks", rule, k, remedy)
 
 
 def _median(values: Tensor) -> Tensor:

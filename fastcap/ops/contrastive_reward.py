@@ -322,7 +322,7 @@ def contrastive_reward(
         normalize: whether rows are divided by their length first; lengths below 1e-12 count as that.
         precision: of float32 products on a GPU: "highest" (float32), "high" (TF32) or "medium" (bfloat16), as
             `torch.set_float32_matmul_precision` names them. Half precision inputs are multiplied as they are, and summed in
-            float32. On the CPU all are "highest", and under the reference backend torch's own setting holds.
+            float32. On the CPU and under the reference backend torch's own setting holds, which is "highest" unless changed.
         group: processes that hold the rows of `text` and `image` in shards of any sizes, in the order of their ranks;
             `positive` then counts images over all, and by default text p belongs to this process' image p.
             Every process calls, and runs the backward if any wants a gradient: that of the sum over the processes, of which
@@ -339,8 +339,8 @@ def contrastive_reward(
         RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
 
     Deterministic; of equal largest others, the first gets the gradient. Memory: O(P + Q), and a scratch of some MiB; with
-    gradients, [P, D] and [Q, D] in the dtype of sums. Without gradients nothing is kept. "mean" and "none" need no product
-    at all.
+    gradients, [P, D] and [Q, D] in the dtype of sums. Without gradients nothing is kept. On the CPU embeddings in half
+    precision or not contiguous are copied. "mean" and "none" need no product, but copies, of "mean" in float64.
 
     Source: Chaffin, Claveau and Kijak, Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP Guided
     Reinforcement Learning (arXiv:2402.13936); Yeh et al., Decoupled Contrastive Learning (arXiv:2110.06848), equation 6.

@@ -44,7 +44,7 @@ def contrastive_loss(text: Tensor, image: Tensor, positive: Tensor, logit_scale:
     different images are: such a text says of each of these images that it fits as well as the others.
 
     Args:
-        text: [P, D]; image: [Q, D], of any length; positive: [P] int64, the row of each text's image.
+        text: [P, D]; image: [Q, D], of any length, each with a text; positive: [P] int64, the row of each text's image.
         logit_scale: the inverse temperature, a number or a tensor [].
         kind: "symmetric" or "decoupled".
 

@@ -43,9 +43,9 @@ _COLUMNS = {**_SAID, **_FOUND}
 _LINE = ("mean_length", "word_precision", "fact_precision", "oracle_r1", "t2i_r1", "i2t_r1")
 _NOTE = (
     "Of greedy captions of test pictures. t2i: does a caption find its image among all images; i2t: does an image find its "
-    "caption among all captions; by the CLIP that judges, which has rewarded none. Precision, recall and oracle R@1: by "
-    "what is known of the scenes."
+    "caption among all captions; by the CLIP that judges, which has rewarded none."
 )
+_KNOWN = " Precision, recall and oracle R@1: by what is known of the scenes."
 DRAWN, NEAREST = 5, 4
 _COLOURS = {"mle": "0.45", "smile": "tab:blue", "one-way": "tab:blue", "two-way": "tab:red"}  # the runs that are drawn
 _TILE, _SMALL, _TEXT, _GAP, _EDGE, _HEAD, _HIGH = 1.55, 0.98, 4.6, 0.09, 0.12, 0.3, 0.168  # inches; _HIGH is a line's
@@ -90,7 +90,7 @@ def compare(made: DistinctiveResult, labels: dict[str, str]) -> None:
             table.add_section()
         demo_report.say("")
         demo_report._console.print(table)
-    demo_report.say(_NOTE)
+    demo_report.say(_note(made))
     table = Table(title="Expected, and what these runs show", title_justify="left", show_header=False)
     for trend in made.trends:
         table.add_row(trend.expected, _against(trend), trend.verdict)
@@ -101,7 +101,7 @@ def compare(made: DistinctiveResult, labels: dict[str, str]) -> None:
 
 def markdown(made: DistinctiveResult, labels: dict[str, str]) -> str:
     """The same as `compare` prints, for a document: means, and in brackets each seed."""
-    parts = [f"{_title(made)}. {_NOTE}"]
+    parts = [f"{_title(made)}. {_note(made)}"]
     for corner, wanted in (("captions", _SAID), ("retrieval", _FOUND)):
         columns = _measured(made, wanted)
         lines = [[corner, *(label for label, _ in columns.values())], ["---"] * (1 + len(columns))]
@@ -118,6 +118,10 @@ def markdown(made: DistinctiveResult, labels: dict[str, str]) -> str:
 def _title(made: DistinctiveResult) -> str:
     steps = f"{made.steps['base']} steps of MLE, then {made.steps['rl']}"
     return f"Distinctive captions of {made.dataset}: {steps}; seeds {', '.join(map(str, made.seeds))}"
+
+
+def _note(made: DistinctiveResult) -> str:
+    return _NOTE + (_KNOWN if made.dataset == "scenes" else "")
 
 
 def _measured(made: DistinctiveResult, columns: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:

@@ -7,6 +7,7 @@ and the captions; `fastcap.eval.measure` turns them into numbers. `evaluate_data
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -105,7 +106,7 @@ def evaluate(
     >>> made = evaluate("data/scenes", ["runs/mle", "runs/smile"], clip="runs/clip-b")  # doctest: +SKIP
     >>> print(made.table)                                                              # doctest: +SKIP
     """
-    _check(batch_size, beam, checkpoints, captions)
+    _check(batch_size, beam, length_penalty, checkpoints, captions)
     began, target, folder = time.perf_counter(), find_device(device), _folder(out)
     rows = _rows(checkpoints, captions)
     judge = _load_embedder(clip, target) if clip is not None else None
@@ -146,13 +147,17 @@ def evaluate(
     return result
 
 
-def _check(batch_size: int, beam: int, checkpoints: Sequence[Source], captions: Sequence[Source]) -> None:
+def _check(
+    batch_size: int, beam: int, length_penalty: float, checkpoints: Sequence[Source], captions: Sequence[Source]
+) -> None:  # fmt: skip
     for name, value in (("checkpoints", checkpoints), ("captions", captions)):
         if isinstance(value, (str, os.PathLike)):
             raise bad(_OP, name, "be a list", str(value), f"pass [{str(value)!r}]")
     for name, value in (("batch_size", batch_size), ("beam", beam)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise bad(_OP, name, "be an integer of at least 1", value, f"pass {name}={64 if name == 'batch_size' else 1}")
+    if not isinstance(length_penalty, (int, float)) or not math.isfinite(length_penalty):  # JSON has no NaN
+        raise bad(_OP, "length_penalty", "be a finite number", length_penalty, "pass length_penalty=0.0")
     if not checkpoints and not captions:
         raise bad(_OP, "checkpoint", "be given", "none", "pass --checkpoint RUN, or --captions FILE; each may be repeated")
 

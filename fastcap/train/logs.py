@@ -84,7 +84,7 @@ class Progress:
 
     def write(self, record: Record) -> None:
         if self._bar is not None:
-            loss, speed = f"{record['loss']:.3f}", f"{record['images_per_s']:,.0f}"
+            loss, speed = f"{record['loss']:.3f}", _per_second(record["images_per_s"])
             loss += f", reward {record['reward']:.3f}" if "reward" in record else ""
             self._bar.update(self._task, completed=record["step"], loss=loss, speed=speed)
         now = time.perf_counter()
@@ -99,7 +99,7 @@ class Progress:
                 text += f"  validation {record['val_loss']:.3f}"
                 text += _beside_loss(record)
                 text += f", reward {record['val_reward']:.3f}" if "val_reward" in record else ""
-            self.note(f"{text}  {record['images_per_s']:,.0f} images/s  {_clock(left)} left")
+            self.note(f"{text}  {_per_second(record['images_per_s'])} images/s  {_clock(left)} left")
 
     def note(self, text: str) -> None:
         if not self._show:
@@ -118,6 +118,8 @@ def _parts_of_reward(record: Record) -> str:
     parts = f"similarity {record['reward_similarity']:.3f}, own captions {record['reward_gt']:.3f}"
     if "disc_accuracy" in record:
         parts += f", discriminator {record['disc_accuracy']:.0%} right"
+    if record.get("texts_cut"):
+        parts += f", {record['texts_cut']:.0f} texts longer than the CLIP's context"
     return f"{parts}; {record['length']:.1f} words, {record['unique']:.0%} unique"
 
 
@@ -128,6 +130,10 @@ def _beside_loss(record: Record) -> str:
         return f" (as MLE {as_mle})" if as_mle != f"{record['val_loss']:.3f}" else ""
     found = f"{record['val_t2i_r1']:.1%} text to image, {record['val_i2t_r1']:.1%} image to text"
     return f" (first of {record['val_images']}: {found})"
+
+
+def _per_second(images: float) -> str:
+    return f"{images:,.0f}" if images >= 10 else f"{images:.1f}"
 
 
 def _clock(seconds: float) -> str:

@@ -131,7 +131,7 @@ class Trainer:
             self._read = lambda *inputs: self.model(*inputs)[0]
             self._loss, self._mle = loss_fn, _cross_entropy
         self._callbacks, self._show = tuple(callbacks), progress
-        self._training = self._make_training(loss_fn, embedder)
+        self._training = self._make_training(loss_fn, embedder, last)
         self._sampler = data.ShuffledBatches(
             len(self._pairs), config.batch_size, seed=config.seed, drop_last=len(self._pairs) >= config.batch_size
         )
@@ -290,7 +290,7 @@ class Trainer:
                 remedy = f"lower --lr (it was {values['lr']:.2g}), raise --warmup, lower --clip{precision}{kept}"
                 raise bad("train", f"{name} of step {self.step + 1}", "be finite", values[name], remedy)
 
-    def _make_training(self, loss_fn: LossFunction | None, embedder: Any | None) -> Any:
+    def _make_training(self, loss_fn: LossFunction | None, embedder: Any | None, last: Path | None) -> Any:
         """What the steps minimise: `TrainingLoss`, or by reinforcement `ReinforcedLoss`."""
         config, self._reinforced = self.config, self.config.objective in REINFORCED
         if config.model == "clip":
@@ -307,6 +307,8 @@ class Trainer:
             from . import embedders
 
             embedder = embedders.load(config.reward_clip, self.device)
+        if last is not None:  # before it embeds all pictures
+            rl.check_resumed(checkpoint.read(last).get("reinforced", {}), embedder, config.reward_clip)
         given = (embedder, self._pairs, self.out, self.device, self._autocast, self._note)
         return rl.ReinforcedLoss(config, self.model, self.tokenizer, *given)
 

@@ -14,7 +14,7 @@ from typing import Any
 from fastcap.errors import bad
 from fastcap.objectives import OBJECTIVES, REINFORCED
 
-from .config import TrainConfig
+from .config import FROM_CHECKPOINT, TrainConfig
 
 NO_CHECKPOINT = "none"  # the value of `pretrained` that asks for random weights
 INSTALL = "run: pip install 'fastcap[train]'"
@@ -121,13 +121,16 @@ def complete(config: TrainConfig) -> TrainConfig:
     row = row_of(config.model, pretrained)
     recipe, given = _recipe(row, config), {name: value for name, value in config.to_dict().items() if value is not None}
     for name in SETTINGS:
-        if name in given and name not in recipe and not config.init_from:
+        brought = config.init_from and name in FROM_CHECKPOINT  # from a checkpoint, where the user cannot choose it
+        if name in given and name not in recipe and not brought:
             of = "blip from a checkpoint" if row == "blip" else config.model
             raise bad("train", name, f"be left out with {of}", given[name], "that model has no such setting to choose")
     _check_features(config, recipe)
     _check_clip(config)
     if config.label_smoothing and config.objective != "mle":
         remedy = "leave it out: a smoothed SMILE would reward every word of its caption in every place"
+        if config.objective in REINFORCED:
+            remedy = "leave it out: it belongs to the likelihood, with which the captioner was trained before"
         rule = f"be 0 with objective {config.objective}"
         raise bad("train", "label_smoothing", rule, config.label_smoothing, remedy)
     if config.mle_weight and config.objective != "smile+mle":
@@ -164,6 +167,12 @@ def _check_features(config: TrainConfig, recipe: dict[str, Any]) -> None:
 
 
 def _check_clip(config: TrainConfig) -> None:
+    if config.model == "clip" and config.objective in REINFORCED and config.init_from:
+        rule = f"be a captioner's run with objective {config.objective}"
+        raise bad("train", "init_from", rule, f"{config.init_from}, a clip", "a clip rewards: pass it as --reward-clip")
+    if config.model == "clip" and config.batch_size < 2:
+        remedy = "pass --batch-size 128: the pairs of a batch are compared with each other"
+        raise bad("train", "batch_size", "be at least 2 with clip", config.batch_size, remedy)
     unused = (
         ("objective", "a clip's loss is chosen by --contrastive"),
         ("memory_budget", "its loss needs none"),

@@ -53,6 +53,13 @@ def check(config: TrainConfig, model: nn.Module, embedder: Any, loss_fn: Any) ->
         raise bad("train", "attention", f"be soft or mean with objective {config.objective}", "hard", remedy)
 
 
+def check_resumed(kept: dict[str, Any], embedder: Any, reward_clip: str | None) -> None:
+    """Raises where a run goes on with another CLIP than it began with; kept: of `ReinforcedLoss.state`."""
+    if kept.get("clip") != embedder.fingerprint:
+        rule, remedy = "have the weights that the run began with", "pass the CLIP of before, or start a new run"
+        raise bad("train", "reward_clip", rule, f"others ({reward_clip})", remedy)
+
+
 class ReinforcedLoss:
     """The loss of a run's steps, in the form of `fastcap.train.objectives.TrainingLoss`: `begin`, `part`s, `values`, `end`.
 
@@ -87,7 +94,7 @@ class ReinforcedLoss:
         rewards = self._rewarder(batch["imgids"], said, own, spoken)
         self._values = {**rewards.values, "length": drawn.lengths.float().mean().item(), "unique": len({*said}) / len(said)}
         check_finite(self._values, step)
-        self._collapse.check(said, self._values["reward_spread"], step)
+        self._collapse.check(said, self._values["reward_spread"], step, len({*batch["imgids"]}))
         self._sequences = self._policy.sequences(drawn)
         self._weigh(rewards, batch["lengths"])
         self._first, self._n, self._loss = 0, len(said) // len(own), torch.zeros((), device=self._device)
@@ -137,10 +144,7 @@ class ReinforcedLoss:
         return kept, {} if adversary is None else adversary.state()
 
     def load(self, kept: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Goes on from what `state` gave."""
-        if kept.get("clip") != self._embedder.fingerprint:
-            rule, remedy = "have the weights that the run began with", "pass the CLIP of before, or start a new run"
-            raise bad("train", "reward_clip", rule, f"others ({self._config.reward_clip})", remedy)
+        """Goes on from what `state` gave; the CLIP is of `check_resumed`."""
         self._collapse = Collapse(dict(kept["collapse"]))
         if self._rewarder.adversary is not None:
             self._rewarder.adversary.load(tensors)

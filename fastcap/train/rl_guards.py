@@ -34,10 +34,12 @@ class Collapse:
     def __init__(self, counts: dict[str, int] | None = None) -> None:
         self.counts = counts or {"empty": 0, "identical": 0, "spread": 0}
 
-    def check(self, captions: Sequence[str], spread: float, step: int) -> None:
-        """captions: those drawn in `step`; spread: the standard deviation of their rewards."""
-        alike = len(captions) > 1 and len(set(captions)) == 1
-        seen = {"empty": not any(captions), "identical": alike, "spread": len(captions) > 1 and spread < LEAST_SPREAD}
+    def check(self, captions: Sequence[str], spread: float, step: int, images: int) -> None:
+        """captions: those drawn in `step`; spread: the standard deviation of their rewards; images: of how many they are,
+        for those of one image may well be alike."""
+        several = images > 1
+        alike, flat = several and len(set(captions)) == 1, several and spread < LEAST_SPREAD
+        seen = {"empty": not any(captions), "identical": alike, "spread": flat}
         for name, now in seen.items():
             self.counts[name] = self.counts[name] + 1 if now else 0
         remedy = "lower --lr or --alpha, or keep --gt-weight clamp0"

@@ -81,11 +81,13 @@ class Rewarder:
         if greedy is not None:
             texts, of = texts + [greedy[i] for i in first.tolist()], [*of, first]
         of = torch.cat(of)
+        cut = getattr(self._embedder, "truncated", 0)
         text, image = self.embed(texts), self._images.embeddings[near.rows]
+        cut = getattr(self._embedder, "truncated", 0) - cut
         positive = near.own[of.to(self._device)]
         given = {"similar": near.similar[of.to(self._device)], "greedy": (B * n + B + which[of]).to(self._device)}
         found = self._similarity(text, image, positive, **given)
-        total, values, image = found.reward, {}, image[positive]
+        total, values, image = found.reward, {"texts_cut": float(cut)}, image[positive]
         generated, human = slice(B * n), slice(B * n, B * n + B)
         if self.adversary is not None:
             chance = self.adversary.reward(image, text)
