@@ -535,14 +535,42 @@ def test_what_can_teach_nothing_stops_the_run_after_a_while(monkeypatch, caption
     monkeypatch.setattr(rl_guards, "PATIENCE", 3)
     guard = rl_guards.Collapse()
     for step in (1, 2):
-        guard.check(captions, spread, step, 2)
-    guard.check(["a", "b"], 1.0, 3, 2)
-    assert set(guard.counts.values()) == {0}
-    guard.check(captions, spread, 2, 2)
+        guard.check(captions, 0.5, spread, step, 2)
+    guard.check(["a", "b"], 0.5, 1.0, 3, 2)
+    assert {guard.counts[name] for name in ("empty", "identical", "spread", "apart")} == {0}
+    guard.check(captions, 0.5, spread, 2, 2)
     guard = rl_guards.Collapse(dict(guard.counts))  # as a checkpoint keeps it
-    guard.check(captions, spread, 3, 2)
+    guard.check(captions, 0.5, spread, 3, 2)
     with pytest.raises(FastcapError, match=message):
-        guard.check(captions, spread, 4, 2)
+        guard.check(captions, 0.5, spread, 4, 2)
+
+
+def test_captions_that_come_apart_stop_the_run(config, monkeypatch):
+    """Pushed away from what it says by rewards that are mostly negative, a policy ends in noise: varied, and nonsense."""
+    monkeypatch.setattr(rl_guards, "PATIENCE", 3)
+    guard = rl_guards.Collapse()
+    similarities = [0.4, 0.5, 0.6, 0.26, 0.24, 0.24, 0.3, 0.24, 0.24]  # of the first three the mean is .5
+    for step, similarity in enumerate(similarities, 1):
+        guard.check(["a", "b"], similarity, 0.1, step, 2)
+    guard = rl_guards.Collapse(dict(guard.counts))
+    rule = r"reward_similarity\) of step 10 must stay above 0.25, half of what it was at first, got 0.24; .* lower --lr"
+    with pytest.raises(FastcapError, match=rule):
+        guard.check(["a", "b"], 0.24, 0.1, 10, 2)
+    below = rl_guards.Collapse()  # a start at or below 0 says nothing of what is half as good
+    for step in range(1, 12):
+        below.check(["a", "b"], -0.1, 0.1, step, 2)
+    assert below.counts["apart"] == 0
+
+    steps = iter([*range(1, 13)] * 2)
+
+    def worse(self, *arguments, found=rl_rewards.Rewarder.__call__):
+        rewards = found(self, *arguments)
+        return rewards._replace(values={**rewards.values, "reward_similarity": 1 / next(steps)})
+
+    monkeypatch.setattr(rl_rewards.Rewarder, "__call__", worse)
+    assert _run(_with(config, steps=12, on_collapse="go-on", out=config.out + "-on")).step == 12
+    with pytest.raises(FastcapError, match="step 6 must stay above"):  # half of (1 + 1/2 + 1/3) / 3 is .31
+        _run(_with(config, steps=12))
 
 
 def test_texts_that_the_clip_cut_are_told(config, capsys):

@@ -146,7 +146,7 @@ def _operation(function: Any, launches: Any, **every: Any) -> Operation:
         operators=tuple(f"{OP}_{name}" for name in ("fwd", "bwd", "others_fwd", "others_bwd")),
         launches=launches,
         backends=("reference", "cpp", "triton"),
-        autocasts=True,  # in the backward of the reference only
+        autocasts=True,  # of the reference, whose backward runs in it too; the fused: test_autocast_changes_nothing
         stem=OP,
         sums=True,
     )

@@ -35,6 +35,7 @@ FREE_ON_RESUME = (
     "validate_every",
     "validate_batches",
     "samples_every",
+    "on_collapse",
     "checkpoint_every",
     "keep",
 )
@@ -168,6 +169,9 @@ class TrainConfig:
     samples: int = _option(1, "captions drawn of each image", "Reinforcement")
     temperature: float = _option(1.0, "of the draws; the gradient is that of 1", "Reinforcement")
     beam_size: int = _option(5, "of policy beam", "Reinforcement")
+    on_collapse: str = _option(
+        "stop", "of captions that are all alike, empty or apart, or of equal rewards: stop, or go-on", "Reinforcement"
+    )
 
     validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
     validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
@@ -251,6 +255,7 @@ class TrainConfig:
         self._one_of("reward_baseline", REWARD_BASELINES)
         self._one_of("reward_exclude", REWARD_EXCLUDES)
         self._one_of("gt_weight", GT_WEIGHTS)
+        self._one_of("on_collapse", ("stop", "go-on"))
         for name, least in (("samples", 1), ("beam_size", 1), ("neighbours", 0), ("samples_every", 0)):
             self._at_least(name, least)
         for name, usual in (("temperature", 1.0), ("discriminator_lr", 7e-5), ("reward_scale", 100.0)):

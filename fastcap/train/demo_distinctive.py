@@ -59,7 +59,7 @@ class Plan:
 
 MLE, _BEFORE = "mle", "before: MLE"
 _NEITHER = {"gt_weight": "none", "alpha": 1.0}
-_RL = {"objective": "wtf-rl"}
+_RL = {"objective": "wtf-rl", "on_collapse": "go-on"}  # at equal steps, whatever becomes of it
 _CLIP = {"batch_size": 128, "max_length": 40}  # longer than any caption: a judge that reads half would judge half
 PLANS = {
     "scenes": Plan(

@@ -94,7 +94,9 @@ class ReinforcedLoss:
         rewards = self._rewarder(batch["imgids"], said, own, spoken)
         self._values = {**rewards.values, "length": drawn.lengths.float().mean().item(), "unique": len({*said}) / len(said)}
         check_finite(self._values, step)
-        self._collapse.check(said, self._values["reward_spread"], step, len({*batch["imgids"]}))
+        if self._config.on_collapse == "stop":
+            similarity, spread = self._values["reward_similarity"], self._values["reward_spread"]
+            self._collapse.check(said, similarity, spread, step, len({*batch["imgids"]}))
         self._sequences = self._policy.sequences(drawn)
         self._weigh(rewards, batch["lengths"])
         self._first, self._n, self._loss = 0, len(said) // len(own), torch.zeros((), device=self._device)

@@ -26,20 +26,27 @@ def check_finite(values: dict[str, float], step: int) -> None:
 
 
 class Collapse:
-    """Counts the steps in a row whose captions, or whose rewards, are all the same; at `PATIENCE` it raises.
+    """Counts the steps in a row whose captions, or whose rewards, are all the same, or whose captions fit their images less
+    than half as well as those of the first `PATIENCE` steps; at `PATIENCE` it raises.
 
     `counts` is what a checkpoint keeps.
     """
 
-    def __init__(self, counts: dict[str, int] | None = None) -> None:
-        self.counts = counts or {"empty": 0, "identical": 0, "spread": 0}
+    def __init__(self, counts: dict[str, float] | None = None) -> None:
+        none = {"empty": 0, "identical": 0, "spread": 0, "apart": 0, "steps": 0, "at_first": 0.0}
+        self.counts = {**none, **(counts or {})}
 
-    def check(self, captions: Sequence[str], spread: float, step: int, images: int) -> None:
-        """captions: those drawn in `step`; spread: the standard deviation of their rewards; images: of how many they are,
-        for those of one image may well be alike."""
+    def check(self, captions: Sequence[str], similarity: float, spread: float, step: int, images: int) -> None:
+        """captions: those drawn in `step`; similarity: their mean cosine; spread: the standard deviation of their rewards;
+        images: of how many they are, for those of one image may well be alike."""
         several = images > 1
         alike, flat = several and len(set(captions)) == 1, several and spread < LEAST_SPREAD
-        seen = {"empty": not any(captions), "identical": alike, "spread": flat}
+        if self.counts["steps"] < PATIENCE:
+            self.counts["steps"] += 1
+            self.counts["at_first"] += similarity / PATIENCE
+        at_first = self.counts["at_first"]
+        apart = self.counts["steps"] == PATIENCE and at_first > 0 and similarity < at_first / 2
+        seen = {"empty": not any(captions), "identical": alike, "spread": flat, "apart": apart}
         for name, now in seen.items():
             self.counts[name] = self.counts[name] + 1 if now else 0
         remedy = "lower --lr or --alpha, or keep --gt-weight clamp0"
@@ -52,3 +59,8 @@ class Collapse:
             rule = f"have a spread (reward_spread) above {LEAST_SPREAD:g}, or there is nothing to learn"
             remedy = "raise --temperature or --samples, pass another --reward-baseline, or check --reward-clip"
             raise bad("train", f"the rewards of step {step}", rule, spread, f"{since}: {remedy}")
+        if self.counts["apart"] >= PATIENCE:
+            least = self.counts["at_first"] / 2
+            rule = f"stay above {least:.3g}, half of what it was at first"
+            remedy = f"{since}, and the captions come apart: lower --lr, keep --gt-weight clamp0 and --alpha below 1"
+            raise bad("train", f"the similarity (reward_similarity) of step {step}", rule, similarity, remedy)
