@@ -182,8 +182,8 @@ PYBIND11_MODULE(_C, m) {
       [](Tensor scores, Tensor positive, Tensor row_factor, Tensor col_factor, Tensor own, Tensor row_top, Tensor row_sum,
          Tensor row_index, Tensor col_top, Tensor col_sum, Tensor col_index, int64_t first_row, int64_t first_col,
          int threads) {
-        fastcap::contrastive_reward_block_fwd_cpu({scores, positive, row_factor, col_factor, own, row_top, row_sum, row_index,
-                                                   col_top, col_sum, col_index, first_row, first_col},
+        fastcap::contrastive_reward_block_fwd_cpu({scores, positive, row_factor, col_factor, own, row_top, row_sum,
+                                                   row_index, col_top, col_sum, col_index, first_row, first_col},
                                                   threads);
       },
       release);

@@ -96,7 +96,8 @@ FASTCAP_CLONES double raise_tops_first(const double* x, int64_t row, double* top
 
 // x = ds a b; ROWS, COLS: which of the two directions there are
 template <bool ROWS, bool COLS, typename Acc>
-FASTCAP_INLINE void gradients_of(Acc* x, const Acc* b, const Acc* col, const Acc* dcol, int64_t n, Acc a, Acc row, Acc drow) {
+FASTCAP_INLINE void gradients_of(Acc* x, const Acc* b, const Acc* col, const Acc* dcol, int64_t n, Acc a, Acc row,
+                                 Acc drow) {
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     const Acc factor = a * b[c];
@@ -224,8 +225,7 @@ void largest(const ScoreBlockForward& args, int threads) {
   for (int64_t i = 0; i < strips; ++i)
     for (int64_t c = 0; c < C; ++c) {
       const Acc top = tops[i * C + c];
-      if (top > col_top[c] || (top != top && col_top[c] == col_top[c]))
-        col_top[c] = top, col_index[c] = index[i * C + c];
+      if (top > col_top[c] || (top != top && col_top[c] == col_top[c])) col_top[c] = top, col_index[c] = index[i * C + c];
     }
 }
 
