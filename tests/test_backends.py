@@ -251,6 +251,6 @@ def test_the_registry_says_which_backends_an_operation_has(monkeypatch):
         arguments = operation.cases()[0].arguments
         with (
             fastcap.backend("cuda"),
-            pytest.raises(BackendUnavailable, match=f"{operation.stem or name}: backend must be one"),
+            pytest.raises(BackendUnavailable, match=rf"fastcap\.({name}|{operation.stem}): backend must be one"),
         ):
             operation.function(**arguments)
