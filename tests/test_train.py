@@ -673,7 +673,7 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', 'wtf-rl', got 'rl'; pass obj"),
+        ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', 'wtf-rl', got 'rl'; pass"),
         ({"model": "vit"}, "model must be one of 'show-attend-tell', 'show-and-tell', 'blip', 'clip', got 'vit'; pass"),
         ({"precision": "int8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'int8'; pass precision='fp32'"),
         ({"steps": 0}, "steps must be at least 1, got 0; pass steps=1 or more"),
