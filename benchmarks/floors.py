@@ -169,6 +169,11 @@ def retrieval_ranks(P: int, Q: int, D: int, itemsize: int) -> Traffic:
     return Traffic((P + Q) * D * itemsize, 2 * P * Q * D)
 
 
+def cider_d(letters: int, words: int, n: int = 4) -> Traffic:
+    """The floor of CIDEr-D: text of one byte a letter read once, and a weight, its square and a sum for each n-gram."""
+    return Traffic(letters, 3 * n * words)
+
+
 def training_step(B: int, T: int, L: int, A: int, D: int, H: int, V: int, parameters: int) -> Traffic:
     """The floor of a float32 training step of Show, Attend and Tell on given annotations, with AdamW.
 

@@ -4,6 +4,7 @@
 #include "additive_attention/additive_attention.h"
 #include "attention_coverage/attention_coverage.h"
 #include "attention_coverage_from_scores/attention_coverage_from_scores.h"
+#include "cider_d/cider_d_bindings.h"
 #include "common/check.h"
 #include "common/parallel.h"
 #include "common/tensor_caster.h"
@@ -230,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
                                                   threads);
       },
       release);
+  fastcap::bind_cider_d(m);
 #if defined(FASTCAP_WITH_CUDA)
   m.def("subset_cross_entropy_fwd_cuda", &subset_cross_entropy_fwd_cuda);
   m.def("subset_cross_entropy_bwd_cuda", &subset_cross_entropy_bwd_cuda);

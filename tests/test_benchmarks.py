@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from fastcap.benchmarks import (
     bench_additive_attention,
     bench_attention_coverage,
     bench_attention_coverage_from_scores,
+    bench_cider_d,
     bench_contrastive_reward,
     bench_retrieval_ranks,
     bench_training,
@@ -548,6 +550,20 @@ def test_goals_of_ranks_name_providers_of_their_case(device):
         assert case.goals
         for goal in case.goals:
             assert goal.provider in case.providers and goal.against in (*case.providers, ""), (case.name, goal)
+
+
+def test_cider_d_is_computed_alike_by_all_who_can():
+    assert floors.cider_d(100, 20) == floors.Traffic(100, 240)
+    (case,) = bench_cider_d.cases(TINY)
+    rows = [result.row for result in harness.measure(case, TINY)]
+    done = {row["provider"]: row for row in rows if row["status"] == "ok"}
+    assert "reference" in done and ("cpp" in done or not fastcap.backends()["cpp"]), report.table(rows)
+    assert ("pycocoevalcap" in done) == (importlib.util.find_spec("pycocoevalcap") is not None)
+    assert bench_cider_d.cases(Settings("default", "cuda")) == []
+    candidates, references = bench_cider_d.texts(bench_cider_d.SHAPES["coco5k"])
+    assert len(candidates) == len(references) == 5000 and {len(group) for group in references} == {5}
+    for case in bench_cider_d.cases(Settings("default", "cpu")):
+        assert case.goals and all(goal.provider in case.providers for goal in case.goals)
 
 
 def test_floor_of_a_training_step_by_hand():
