@@ -7,6 +7,7 @@ test_kernels_interpreter.py runs all of them in a process of their own.
 
 from __future__ import annotations
 
+import collections
 import os
 import time
 from typing import NamedTuple
@@ -97,8 +98,11 @@ def pytest_runtest_setup(item):
         pytest.skip(f"not begun within FASTCAP_TEST_SECONDS={seconds:.0f}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the markers
 def pytest_collection_modifyitems(config, items):
     interpreting = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if interpreting:
+        _share(items)
     kept, left_out = [], []
     for item in items:
         belongs = interpreting or item.get_closest_marker("interpreter") is None
@@ -108,6 +112,18 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
+
+
+def _share(items):
+    """In Triton's interpreter, a thousand times slower than what it stands for, every n-th of the parameters of a test with
+    `interpreted_share(n)` is ordinary; the others are `slow`. The others still run compiled, in C++ and on a GPU."""
+    met = collections.Counter()
+    for item in items:
+        share = item.get_closest_marker("interpreted_share")
+        if share and item.get_closest_marker("interpreter"):
+            if met[item.function] % share.args[0]:
+                item.add_marker(pytest.mark.slow)
+            met[item.function] += 1
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def check(name, case, dtype, target, arguments=None):
 
 @every_case()
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
+@pytest.mark.interpreted_share(3)
 def test_every_backend_agrees_with_float64_and_writes_every_element(name, case, dtype, fused):
     with poisoned_memory():
         check(name, case, dtype, fused)
@@ -179,6 +180,7 @@ def strided(x):
 
 @every_case(SMALL)
 @pytest.mark.parametrize("layout", [transposed, strided])
+@pytest.mark.interpreted_share(3)
 def test_any_strides_will_do(name, case, layout, fused):
     arguments = {
         k: layout(v) if isinstance(v, torch.Tensor) and v.dim() > 0 else v

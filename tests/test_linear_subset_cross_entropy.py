@@ -222,7 +222,7 @@ def fuzz(where, examples, **settings):
 
 
 def test_any_call_equals_the_loss_of_the_logits(fused):
-    fuzz(fused, 20 if fused == ("cpu", "triton") else 200, derandomize=True)
+    fuzz(fused, 7 if fused == ("cpu", "triton") else 200, derandomize=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["float64", "float32", "bfloat16"])
@@ -305,6 +305,7 @@ def test_vocabularies_at_the_edge_of_a_block(V, options, compiled):
 @every_way
 @every_budget
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.interpreted_share(5)
 def test_a_large_bias_has_the_right_gradient(options, memory_budget, dtype, fused, reference):
     """A bias of 0.01 hides a wrong gradient (ml-cross-entropy #52)."""
     call = make_hidden(2, 5, 33, 6, bias=100.0)
@@ -347,6 +348,7 @@ def with_junk(grad, target):
     # without a full row there is nothing to budget
     [pytest.param(way, b, id=f"{n}-{b}") for n, way in JUNK.items() for b in (None, 0) if b is None or n in WAYS],
 )
+@pytest.mark.interpreted_share(3)
 def test_the_upstream_gradient_of_an_ignored_token_may_be_anything(options, memory_budget, target):
     """torch.where(valid, loss / count, 0) has one of 0 / 0 where the count is 0."""
     call = make_hidden(3, 4, 61, 5)  # each caption begins with an ignored token, and the last has no other
@@ -418,6 +420,7 @@ def dense_gradient(call, grad=1.0, **options):
 
 @pytest.mark.parametrize("options", SETS.values(), ids=SETS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.interpreted_share(3)
 def test_a_sparse_gradient_has_the_rows_of_the_ids_in_the_batch(options, reduction, target):
     V = 61
     call, options = make_hidden(3, 9, V, 5), {**NARROW, **options, "reduction": reduction}
@@ -680,6 +683,7 @@ def test_a_second_backward_adds_the_same_again(grad_weight, place):
 
 @every_way
 @pytest.mark.parametrize("wanted", INPUTS)
+@pytest.mark.interpreted_share(5)
 def test_double_backward_is_a_clear_error(options, wanted, fused):
     call = on(fused, make_hidden(2, 4, 9, 3))
     leaves = [call[name].requires_grad_() for name in INPUTS]
