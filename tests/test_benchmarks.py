@@ -699,11 +699,14 @@ def gpu_script(*arguments):
     script = Path(fastcap.__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
     if not script.is_file():
         pytest.skip("gpu.py runs from a source tree")
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=150)
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300)
 
 
-def test_gpu_dry_run_writes_at_most_eight_files(tmp_path):
-    done = gpu_script("--dry-run", "--out", str(tmp_path))
+@pytest.mark.parametrize(
+    "only", [("subset_cross_entropy", "cider_d"), pytest.param((), marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_gpu_dry_run_writes_at_most_eight_files(only, tmp_path):
+    done = gpu_script("--dry-run", "--out", str(tmp_path), *(f"--only={name}" for name in only))
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in tmp_path.iterdir()}
     assert {"gpu.json", "gpu.log"} <= names and len(names) <= 8
