@@ -146,7 +146,7 @@ def _show_retrieval(result: Any) -> None:
 
 def _show_samples(result: Any) -> None:
     """A few captions of validation pictures, and how varied they are."""
-    from fastcap.data.batching import stack_images
+    from fastcap.data.batching import stack_items
     from fastcap.eval.diversity import diversity
     from fastcap.train import Captioner
 
@@ -154,7 +154,7 @@ def _show_samples(result: Any) -> None:
     view = result.validation.images()
     count = min(len(view), 200)
     items = [view[i * len(view) // count] for i in range(count)]
-    images = stack_images([item["image"] for item in items])
+    images = stack_items(items, captioner.attribute_tokenizer)
     captions = [caption for batch in images.split(25) for caption in captioner(batch)]
     varied = diversity(captions)
     loss, mle = f"{result.val_loss:.3f}", f"{result.val_mle:.3f}"
@@ -178,6 +178,9 @@ def caption(
     features: Annotated[
         Path | None, typer.Option(help="of a model trained on precomputed features: the file or folder that has the images'")
     ] = None,
+    attributes: Annotated[
+        Path | None, typer.Option(help="of a model trained with --attributes given: a dataset_*.json with the images' words")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Print PATH<TAB>CAPTION for each picture; pictures that cannot be read are listed on stderr, with status 1."""
@@ -199,6 +202,10 @@ def caption(
         from fastcap.data import RegionFeatures
 
         options["features"] = RegionFeatures(features)
+    if attributes is not None:
+        from fastcap.data.karpathy import read_attributes
+
+        options["attributes"] = read_attributes(attributes, options.get("features"))
     unread, drawn = [], []
     for told in captioner.files(images, **options):
         if told.caption is None:
@@ -218,7 +225,11 @@ def caption(
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="folder with a Karpathy-format dataset_*.json and its pictures")],
+    data: Annotated[Path | None, typer.Option(help="folder with a Karpathy-format dataset_*.json and its pictures")] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(help="in place of --data, without pictures: COCO's captions_*.json, or a dataset_*.json"),
+    ] = None,
     checkpoint: Annotated[
         list[Path] | None, typer.Option(help="a captioner's run or checkpoint; may be repeated, a row each")
     ] = None,
@@ -228,12 +239,24 @@ def evaluate(
     clip: Annotated[
         str | None, typer.Option(help="the CLIP that judges: a run of train --model clip, or a transformers CLIP")
     ] = None,
-    split: Annotated[str, typer.Option(help="of the data")] = "test",
+    split: Annotated[str | None, typer.Option(help="of the data; test if not given. COCO's files have none")] = None,
+    tokenizer: Annotated[str, typer.Option(help="fastcap, or ptb: the Stanford tokenizer, which needs Java")] = "fastcap",
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="such as bleu,cider,diversity; all if not given. meteor and spice run in Java, and are slow"),
+    ] = None,
+    bootstrap: Annotated[int, typer.Option(help="resamples of the images for 95 % intervals; 0 for none")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the resamples")] = 0,
     beam: Annotated[int, typer.Option(help="captions kept at each word; 1 is greedy")] = 1,
     length_penalty: Annotated[float, typer.Option(help="0 compares log p, 1 log p per word: longer captions")] = 0.0,
     batch_size: Annotated[int, typer.Option(help="pictures or texts at a time")] = 64,
-    out: Annotated[Path | None, typer.Option(help="folder for evaluation.json, evaluation.md and the captions")] = None,
-    per_image: Annotated[bool, typer.Option("--per-image", help="each image's caption and scores, too, in JSON")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for evaluation.json, evaluation.md, report.html and the captions")
+    ] = None,
+    per_image: Annotated[
+        bool, typer.Option("--per-image", help="each image's caption and scores, too, in JSON and per_image.csv")
+    ] = False,
+    report_images: Annotated[int, typer.Option(help="most images in report.html: the best, the worst, some between")] = 60,
     partial: Annotated[bool, typer.Option("--partial", help="leave out images without a picture or a caption")] = False,
     clip_prompt: Annotated[str, typer.Option(help="put before captions for the CLIP; published: 'A photo depicts '")] = "",
     features: Annotated[
@@ -241,28 +264,41 @@ def evaluate(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
-    """Caption a split and score what is said: retrieval and CLIPScore by a second CLIP, facts, diversity."""
+    """Score captions of files and of models: BLEU, METEOR, ROUGE-L, CIDEr, SPICE, retrieval by a CLIP, diversity."""
     from fastcap.train.evaluate import evaluate as run
 
+    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     made = run(
-        data, checkpoint or [], captions or [], clip=clip, split=split, beam=beam, length_penalty=length_penalty,
-        batch_size=batch_size, clip_prompt=clip_prompt, features=features, out=out, per_image=per_image, partial=partial,
-        device=device,
+        data, checkpoint or [], captions or [], references=references, clip=clip, split=split, tokenizer=tokenizer,
+        metrics=names, bootstrap=bootstrap, seed=seed, beam=beam, length_penalty=length_penalty, batch_size=batch_size,
+        clip_prompt=clip_prompt, features=features, out=out, per_image=per_image, report_images=report_images,
+        partial=partial, device=device,
     )  # fmt: skip
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path, or a dash, that the terminal cannot show
     print(made.table)
-    if out is not None:
-        print(f"written: {out / 'evaluation.json'}, {out / 'evaluation.md'}", file=sys.stderr)
+    if made.files:
+        print(f"written: {', '.join(map(str, made.files))}", file=sys.stderr)
 
 
 def scenes(
     out: Annotated[Path, typer.Option(help="folder to write; scenes that stand there are replaced")],
     num_images: Annotated[int, typer.Option(help="pictures; 80% to train on")] = 8000,
     seed: Annotated[int, typer.Option(help="the same seed makes the same data")] = 0,
+    regions: Annotated[
+        bool, typer.Option("--regions", help="also features of 9 regions and 12 attribute words a picture, with errors")
+    ] = False,
 ) -> None:
     """Small pictures of coloured shapes with five captions each, whose every fact is known."""
-    from fastcap.data import write_scenes
+    from fastcap.data import write_scene_regions, write_scenes
 
     _say_written(write_scenes(out, num_images=num_images, seed=seed))
+    if regions:
+        made = write_scene_regions(out, seed=seed)
+        print(
+            f"regions in {made.features}, for train --features; the detector, on pictures that it has not learnt from: "
+            f"{made.accuracy['shape']:.0%} of shapes right, {made.accuracy['color']:.0%} of colours; "
+            f"{made.attributes_right:.0%} of the attribute words true"
+        )
 
 
 def emoji(
@@ -290,7 +326,7 @@ def demo(
         str,
         typer.Option(
             help="smile: MLE against SMILE, masked and by fastcap; attention: none, soft, hard, and coverage; "
-            "distinctive: reinforcement by a CLIP, judged by another"
+            "distinctive: reinforcement by a CLIP, judged by another; glied: GLIED, its ablations, and CIDEr rewarded"
         ),
     ] = "smile",
     data: Annotated[
@@ -302,8 +338,8 @@ def demo(
     scale: Annotated[float, typer.Option(help="factor on the numbers of steps")] = 1.0,
 ) -> None:
     """Train captioners on pictures made here, and compare them: by loss, by where they look, or by what they tell apart."""
-    if story not in ("smile", "attention", "distinctive"):
-        raise bad("demo", "story", "be one of 'smile', 'attention', 'distinctive'", story, "pass smile")
+    if story not in ("smile", "attention", "distinctive", "glied"):
+        raise bad("demo", "story", "be one of 'smile', 'attention', 'distinctive', 'glied'", story, "pass smile")
     again = "it starts anew next time" if story == "smile" else "the same command goes on with it"
     try:
         if story == "smile":
@@ -312,6 +348,10 @@ def demo(
             run(data, out, seed=seed, scale=scale)
         elif story == "attention":
             from fastcap.train.demo_attention import run
+
+            run(out, seed=seed, scale=scale, dataset=data)
+        elif story == "glied":
+            from fastcap.train.demo_glied import run
 
             run(out, seed=seed, scale=scale, dataset=data)
         else:

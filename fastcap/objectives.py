@@ -11,4 +11,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "resmile": {"subset": "reverse"},  # only the words that the caption does not hold: rewards brevity
 }
 
-REINFORCED = ("wtf-rl",)  # of a captioner's own captions, rewarded by a CLIP
+# Of a captioner's own captions: wtf-rl is rewarded by a CLIP among other pairs, against a baseline of these; self-critical
+# training by what people said of the image, against the greedy caption (scst), or the image's other samples (new-scst).
+SELF_CRITICAL = ("scst", "new-scst")
+REINFORCED = ("wtf-rl", *SELF_CRITICAL)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import UserDict
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,46 @@ def test_words_and_ids_score_alike(backend):
     assert torch.equal(CiderD(as_ids)([np.array(caption) for caption in ids]), expected)
 
 
+def test_a_tensor_is_a_list_of_its_rows(backend):
+    """References [images, captions, words] and candidates [captions, words] of ids, as lists and as tensors."""
+    documents = torch.arange(3 * 2 * 5).reshape(3, 2, 5) % 11
+    expected = CiderD(documents.tolist())(documents[:, 0].tolist())
+    assert torch.equal(CiderD(documents)(documents[:, 0]), expected) and expected.min() > 1
+
+
+def test_captions_that_change_while_they_are_read(backend):
+    """Python's code runs in between: what it frees is not looked at again, and what it raises comes out."""
+
+    class Emptying:
+        def __init__(self, raised):
+            self.raised, self.captions = raised, [self, [1]]
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, place):
+            return 1
+
+        def __iter__(self):
+            self.captions.clear()
+            del self.captions  # of the list, no one else holds the caption
+            raise self.raised
+
+    scorer = CiderD([[[1, 2]], [[3]]])
+    raises("candidates[0] must be a caption, got 'Emptying'", scorer, Emptying(TypeError("no words")).captions)
+    with pytest.raises(KeyboardInterrupt):
+        scorer(Emptying(KeyboardInterrupt()).captions)
+
+    class Clearing:
+        def __index__(self):
+            words.clear()
+            return 3
+
+    words = [1, Clearing(), 2, 2]
+    either = scorer([[1, 3], [1, 3, 2, 2]], rows=[1, 1]).tolist()  # what is read before, or all
+    assert scorer([words], rows=[1]).item() in either and min(either) > 0
+
+
 def test_words_are_cut_where_python_cuts_them(backend):
     """At white space of any kind; and words of the same bytes but for a space, or of another script, are others."""
     spaced = "a\tred\u00a0kite\u2003over\x1ca\u3000green\nhill"
@@ -246,14 +287,15 @@ def test_frequencies_that_were_counted_elsewhere(backend):
     longer = {**counted, ("a", "b", "c"): 2}  # an n-gram whose beginning was not counted
     torch.testing.assert_close(CiderD.from_frequencies(longer, 4, n=1)(candidates, OWN), found, rtol=0, atol=1e-12)
     assert CiderD.from_frequencies({}, 2)(["a b"], [["a b"]]).tolist() == pytest.approx([5.0])
-    for wrong in ({"a": 1}, {(): 1}, {("a", 1): 1}, {("a",): 1, (2,): 1}):
+    for wrong in ({"a": 1}, {(): 1}, {("a", 1): 1}, {("a",): 1, (2,): 1}, {(2**63,): 1}):
         raises("n-grams of words, or all of ids", CiderD.from_frequencies, wrong, 5)
-    for wrong in (-1, 1.5, True, "1", None):
+    for wrong in (-1, 1.5, True, "1", None, math.inf, math.nan, 2**70):
         raises("be a count", CiderD.from_frequencies, {("a",): wrong}, 5)
     raises("be at most num_documents, 5", CiderD.from_frequencies, {("a",): 6}, 5)
     raises("be a mapping", CiderD.from_frequencies, [("a",)], 5)
-    for wrong in (1, 0, 2.0, True):
+    for wrong in (1, 0, 2.0, True, 2**32):
         raises("num_documents must", CiderD.from_frequencies, {}, wrong)
+    raises("n must be an integer in [1, 8]", CiderD.from_frequencies, {("a",): 1}, 5, n="4")
 
 
 def test_one_image_is_an_error_that_explains_idf(backend):
@@ -270,11 +312,14 @@ def test_one_image_is_an_error_that_explains_idf(backend):
         (5, "documents must be a list"),
         (["a red kite", "two dogs"], "documents[0] must be a list, got 'str'"),
         ([["a"], {"b": 1}], "documents[1] must be a list, got 'a mapping'"),
+        ([["a"], UserDict(b=1)], "documents[1] must be a list, got 'a mapping'"),
+        ([["a"], {"b"}], "documents[1] must be a list, got 'set'"),
         ([["a"], 5], "documents[1] must be a list, got 'int'"),
         ([["a"], []], "documents[1] must have a caption, got 'none'"),
         ([["a"], ["b", 5]], "documents[1][1] must be a caption, got 'int'"),
         ([["a"], ["b", None]], "documents[1][1] must be a caption, got 'NoneType'"),
         ([["a"], [b"b"]], "documents[1][0] must be a caption, got 'bytes'"),
+        ([["a"], [UserDict(b=1)]], "documents[1][0] must be a caption, got 'UserDict'"),
         ([["a"], [["b", 1]]], "documents[1][0] must hold words, or ids, got 'int, str'"),
         ([["a"], [[1.5]]], "documents[1][0] must hold words, or ids, got 'float'"),
         ([["a"], [[2**63]]], "documents[1][0] must hold words, or ids, got 'int'"),
@@ -301,7 +346,7 @@ def test_what_is_no_candidate_or_row_is_named(backend):
     raises("references must be prepared by the same scorer", scorer, ["a"] * 4, CiderD(OWN).prepare(OWN))
     for n in (0, 9, 2.0, True):
         raises("n must be an integer in [1, 8]", CiderD, OWN, n=n)
-    for sigma in (0, -1, math.nan, math.inf, "6"):
+    for sigma in (0, -1, math.nan, math.inf, "6", 1e-200, 1e200, 10**400):
         raises("sigma must be a positive finite number", CiderD, OWN, sigma=sigma)
 
 
@@ -309,6 +354,10 @@ def test_broken_files_are_named(backend, tmp_path):
     scorer, path = CiderD(OWN), tmp_path / "df.npz"
     scorer.save(path)
     raises("path must be a file", CiderD.load, tmp_path / "none.npz")
+    raises("path must be a file that can be written", scorer.save, tmp_path / "none" / "df.npz")
+    (tmp_path / "folder").mkdir()
+    raises("path must be a file that can be written", scorer.save, tmp_path / "folder")
+    assert {found.name for found in tmp_path.iterdir()} == {"df.npz", "folder"}
     whole = path.read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.npz").write_text("no archive")

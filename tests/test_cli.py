@@ -59,11 +59,12 @@ def test_help_lists_every_command(fastcap):
         assert command in out
 
 
-def test_every_setting_of_a_run_is_an_option(fastcap):
+def test_every_setting_of_a_run_is_an_option(fastcap, monkeypatch):
     import dataclasses
 
     from fastcap.train import TrainConfig
 
+    monkeypatch.setenv("COLUMNS", "160")  # in a narrow terminal long names are cut
     status, out, _ = fastcap("train", "--help")
     assert status == 0
     for field in dataclasses.fields(TrainConfig):

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 from fastcap import cli, data
 from fastcap.errors import FastcapError
 from fastcap.train import demo_attention as demo
-from fastcap.train import loop
+from fastcap.train import demo_runs, loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +115,7 @@ def test_numbers_and_picture_lie_beside_the_runs(told):
 def test_finished_runs_are_not_trained_again(told, monkeypatch, capsys):
     out, made = told
     _small(monkeypatch)
-    monkeypatch.setattr(demo, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(demo_runs, "train", lambda *_, **__: pytest.fail("trained again"))
     again = demo.run(out)
     assert again.scores == made.scores
     assert capsys.readouterr().out.count("as an earlier demo left it") == 12
@@ -134,7 +134,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(told, monkeypatch, tmp_path):
         stop = [lambda trainer, record: trainer.stop("SIGINT")] if len(begun) == 2 else []
         return loop.train(config, callbacks=stop, **options)
 
-    monkeypatch.setattr(demo, "train", interrupt)
+    monkeypatch.setattr(demo_runs, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path)
     made = demo.run(tmp_path)
@@ -183,16 +183,16 @@ def _scores(**by_variant):
     ],
 )
 def test_the_verdict_follows_the_numbers(values, verdict):
-    found = {trend.expected: trend for trend in demo.trends(_scores(soft=("val_ce", *values)))}
+    found = {trend.expected: trend for trend in demo.trends(_scores(soft=("val_ce", *values)), demo.EXPECTED)}
     trend = found["soft has less loss than Show and Tell"]
     assert trend.verdict == verdict and trend.mean == pytest.approx(sum(values) / 2) and trend.other_mean == 1.0
 
 
 def test_equal_recall_is_not_lower():
-    found = {trend.expected: trend for trend in demo.trends(_scores())}
+    found = {trend.expected: trend for trend in demo.trends(_scores(), demo.EXPECTED)}
     assert found["coverage does not lower the R@1 of soft"].holds
     assert not found["coverage spreads attention: less R than soft"].holds
-    lower = {trend.expected: trend for trend in demo.trends(_scores(coverage=("oracle_r1", 0.5, 0.4)))}
+    lower = {trend.expected: trend for trend in demo.trends(_scores(coverage=("oracle_r1", 0.5, 0.4)), demo.EXPECTED)}
     assert not lower["coverage does not lower the R@1 of soft"].holds
 
 
@@ -201,7 +201,7 @@ def test_equal_recall_is_not_lower():
     [
         (
             ["--story", "smiles"],
-            "fastcap.demo: story must be one of 'smile', 'attention', 'distinctive', got 'smiles';",
+            "fastcap.demo: story must be one of 'smile', 'attention', 'distinctive', 'glied', got 'smiles';",
         ),
         (["--story", "attention", "--data", "emoji"], "fastcap.demo: data must be scenes for the story of attention, got"),
         (["--story", "attention", "--scale", "0"], "fastcap.demo: scale must be in (0, 100], got 0.0; pass 1"),

@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 
 from fastcap import cli, data
 from fastcap.errors import FastcapError
-from fastcap.train import checkpoint, embedders, loop
+from fastcap.train import checkpoint, demo_runs, demo_tables, embedders, loop
 from fastcap.train import demo_distinctive as demo
 from fastcap.train import demo_distinctive_report as report
 
@@ -155,7 +155,7 @@ def test_numbers_tables_and_picture_lie_beside_the_runs(told):
 def test_finished_runs_are_not_trained_again(told, monkeypatch, capsys):
     out, made = told
     _small(monkeypatch)
-    monkeypatch.setattr(demo, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(demo_runs, "train", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(demo, "evaluate", lambda *_, **__: pytest.fail("scored again"))
     assert demo.run(out.parent).scores == made.scores
     assert capsys.readouterr().out.count("as an earlier demo left it") == 19
@@ -175,7 +175,7 @@ def test_what_was_made_of_other_weights_is_made_again(told, monkeypatch, tmp_pat
         trained.append(Path(config.out).name)
         return loop.train(config, **options)
 
-    monkeypatch.setattr(demo, "train", noted)
+    monkeypatch.setattr(demo_runs, "train", noted)
     demo.run(tmp_path)  # paths differ from the told ones, so whatever starts from another checkpoint is another run
     trained.clear()
     demo.run(tmp_path)
@@ -196,7 +196,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(told, monkeypatch, tmp_path):
         stop = [lambda trainer, record: trainer.stop("SIGINT")] if len(begun) == 4 else []
         return loop.train(config, callbacks=stop, **options)
 
-    monkeypatch.setattr(demo, "train", interrupt)
+    monkeypatch.setattr(demo_runs, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         demo.run(tmp_path)
     made = demo.run(tmp_path)
@@ -280,7 +280,9 @@ def test_what_recall_costs_is_told():
     name = "both terms do not lower R@1, captions to images"
     assert {trend.expected: trend for trend in demo.trends(_scores(), expected)}[name].holds
     lower = {trend.expected: trend for trend in demo.trends(_scores(plain=("t2i_r1", 0.6, 0.7)), expected)}[name]
-    assert lower.verdict == "DOES NOT HOLD, in no seed" and report._against(lower) == "0.500 against 0.650"
+    assert (
+        lower.verdict == "DOES NOT HOLD, in no seed" and demo_tables.against(lower, report._COLUMNS) == "0.500 against 0.650"
+    )
 
 
 def test_the_picture_says_what_was_said_its_rank_and_what_fits_better():

@@ -240,7 +240,7 @@ def test_a_backbone_without_transformers_is_one_error_with_a_remedy(backbones, t
     [
         (
             lambda: models.build("rnn", vocab_size=5),
-            "fastcap.models: model must be one of show-attend-tell, show-and-tell, blip, clip, got 'rnn'",
+            "fastcap.models: model must be one of show-attend-tell, show-and-tell, glied, blip, clip, got 'rnn'",
         ),
         (lambda: _model(vocab_size=0), "fastcap.models: vocab_size must be at least 1, got 0"),
         (lambda: _model(dropout=1.0), "fastcap.models: dropout must be in [0, 1), got 1.0"),

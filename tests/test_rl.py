@@ -308,7 +308,9 @@ def test_the_log_and_the_samples_hold_the_parts_of_the_reward(config):
 @pytest.mark.parametrize("baseline", ["two-way", "one-way", "similar", "greedy", "none"])
 @pytest.mark.parametrize("policy", ["sample", "beam"])
 def test_every_baseline_and_policy_runs(config, baseline, policy):
-    config = _with(config, reward_baseline=baseline, policy=policy, steps=2, beam_size=3)
+    config = _with(
+        config, reward_baseline=baseline, policy=policy, steps=2, **({"beam_size": 3} if policy == "beam" else {})
+    )
     result = _run(config)
     assert result.step == 2
     log = _lines(config)
@@ -608,6 +610,9 @@ def test_captions_of_one_image_may_be_alike(config, monkeypatch):
         ({"discriminator_lr": math.inf}, "discriminator_lr must be positive and finite"),
         ({"neighbours": -1}, "neighbours must be at least 0"),
         ({"neighbours": 0, "reward_baseline": "similar"}, "neighbours must be at least 1 with reward baseline 'similar'"),
+        ({"beam_size": 3}, "beam_size must be left out with policy 'sample', got 3; or pass policy='beam'"),
+        ({"alpha": 1.0, "discriminator_lr": 1e-4}, "discriminator_lr must be left out with alpha 1"),
+        ({"rewards": "bleu-4"}, "rewards must be left out with objective wtf-rl, got 'bleu-4'; or pass --objective scst or"),
         ({"policy": "beam", "samples": 2}, "samples must be 1 with policy 'beam'"),
         ({"policy": "beam", "temperature": 0.5}, "temperature must be 1.0 with policy 'beam'"),
         ({"coverage": 1.0}, "coverage must be 0 with objective wtf-rl"),

@@ -600,7 +600,8 @@ def test_one_pass_validates_mle_and_two_any_other_objective(config, monkeypatch)
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
 def test_a_setting_has_one_default_or_one_in_the_recipes(field):
-    usually_none = ("pretrained", "init_from", "mle_weight", "features", "reward_clip", "reward_scale")
+    usually_none = ("pretrained", "init_from", "mle_weight", "features", "reward_clip", "reward_scale", "df", "samples")
+    usually_none += ("mle_lr", "mle_warmup")  # those of a run by likelihood
     assert (field.default is None) == (field.name in (*SETTINGS, *usually_none))
 
 
@@ -673,8 +674,11 @@ def test_resuming_with_other_settings_or_data_is_refused(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"objective": "rl"}, "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', 'wtf-rl', got 'rl'; pass"),
-        ({"model": "vit"}, "model must be one of 'show-attend-tell', 'show-and-tell', 'blip', 'clip', got 'vit'; pass"),
+        (
+            {"objective": "rl"},
+            "objective must be one of 'mle', 'smile', 'smile+mle', 'resmile', 'wtf-rl', 'scst', 'new-scst', got 'rl'",
+        ),
+        ({"model": "vit"}, "model must be one of 'show-attend-tell', 'show-and-tell', 'glied', 'blip', 'clip', 'base', go"),
         ({"precision": "int8"}, "precision must be one of 'fp32', 'bf16', 'fp16', got 'int8'; pass precision='fp32'"),
         ({"steps": 0}, "steps must be at least 1, got 0; pass steps=1 or more"),
         ({"steps": 1.5}, "steps must be an integer, got 1.5; pass an integer"),

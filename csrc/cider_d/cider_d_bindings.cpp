@@ -17,10 +17,22 @@ constexpr const char* kOp = "rewards.CiderD";
 
 enum class Kind { kOpen, kWords, kIds };  // open: no caption had a word so far
 
+// Of errors in Python's own code only these mean that a value is none of the kind; the others are the caller's.
+void clear_if(PyObject* type) {
+  if (!PyErr_ExceptionMatches(type)) throw py::error_already_set();
+  PyErr_Clear();
+}
+
 py::object fast_or_null(py::handle value) {
   PyObject* made = PySequence_Fast(value.ptr(), "");
-  if (made == nullptr) PyErr_Clear();
+  if (made == nullptr) clear_if(PyExc_TypeError);
   return py::reinterpret_steal<py::object>(made);
+}
+
+bool is_usual(py::handle value) { return PyList_Check(value.ptr()) || PyTuple_Check(value.ptr()); }
+
+bool is_mapping(py::handle value) {
+  return !is_usual(value) && py::isinstance(value, py::module_::import("collections.abc").attr("Mapping"));
 }
 
 std::string type_name(py::handle value) {
@@ -52,10 +64,11 @@ class Reader {
     for (at_[0] = 0; at_[0] < PySequence_Fast_GET_SIZE(list.ptr()); ++at_[0]) {
       depth_ = 1;
       const py::object group = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(list.ptr(), at_[0]));
-      if (PyDict_Check(group.ptr()))
+      if (is_mapping(group))
         bad(kOp, where(), "be a list", "'a mapping'", std::string("pass list(") + name_ + ".values()), in one order");
       const bool text = PyUnicode_Check(group.ptr()) || PyBytes_Check(group.ptr());
-      const py::object captions = text || !PySequence_Check(group.ptr()) ? py::object() : fast_or_null(group);
+      const bool listed = is_usual(group) || (py::hasattr(group, "__len__") && py::hasattr(group, "__getitem__"));
+      const py::object captions = text || !listed ? py::object() : fast_or_null(group);
       if (!captions) bad(kOp, where(), "be a list", type_name(group), "pass a list of captions for each image");
       if (PySequence_Fast_GET_SIZE(captions.ptr()) == 0)
         bad(kOp, where(), "have a caption", "'none'", "leave that image out");
@@ -74,11 +87,13 @@ class Reader {
     return made;
   }
 
-  void read(py::handle caption, CiderText& out) {
+  // borrowed: reading it can run Python's code, which can take it out of its list.
+  void read(PyObject* borrowed, CiderText& out) {
+    const auto caption = py::reinterpret_borrow<py::object>(borrowed);
     if (PyUnicode_Check(caption.ptr())) {
       read_text(caption, out);
     } else {
-      const bool wrong = PyBytes_Check(caption.ptr()) || PyDict_Check(caption.ptr());
+      const bool wrong = PyBytes_Check(caption.ptr()) || is_mapping(caption);
       const py::object words = wrong ? py::object() : fast_or_null(caption);
       if (!words) bad(kOp, where(), "be a caption", type_name(caption), "pass strings, or lists of words or of ids");
       if (PySequence_Fast_GET_SIZE(words.ptr()) > 0) read_list(words, out);
@@ -119,7 +134,7 @@ class Reader {
       const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(word.ptr()));
       const int64_t id = index ? PyLong_AsLongLong(index.ptr()) : -1;
       if (PyErr_Occurred()) {
-        PyErr_Clear();
+        clear_if(PyErr_ExceptionMatches(PyExc_OverflowError) ? PyExc_OverflowError : PyExc_TypeError);
         mixed(words);
       }
       take(Kind::kIds);

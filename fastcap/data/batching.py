@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastcap.data._checks import check_int
+from fastcap.data.attributed import Attributed, attribute_images, attribute_words
 from fastcap.data.tokenizer import CaptionTokenizer
 from fastcap.errors import bad
 
@@ -15,11 +16,12 @@ IGNORE_INDEX = -100
 
 
 class collate:
-    """`collate(tokenizer, max_length)`: the DataLoader's `collate_fn` for items of `KarpathyDataset`.
+    """`collate(tokenizer, max_length, attributes)`: the DataLoader's `collate_fn` for items of `KarpathyDataset`.
 
     A batch of B captions, the longest of which has T - 1 tokens, is a dict of
 
-    - images [B, 3, S, S] float32, or features [B, R, D], where images of fewer regions than R end in rows of zeros
+    - images [B, 3, S, S] float32, or features [B, R, D], where images of fewer regions than R end in rows of zeros; with
+      `attributes`, these and the words of each image's record as ids, `Attributed`
     - inputs [B, T] int64: start, then the words; the rest `pad_id`
     - target [B, T] int64: the words, then end; the rest -100
     - lengths [B] int64: valid targets of each caption, end included
@@ -30,9 +32,9 @@ class collate:
     self-critical recipes; so T <= max_length + 1. A class, not a closure, because workers must be able to pickle it.
     """
 
-    def __init__(self, tokenizer: CaptionTokenizer, max_length: int = 40) -> None:
+    def __init__(self, tokenizer: CaptionTokenizer, max_length: int = 40, attributes: bool = False) -> None:
         check_int("data.collate", "max_length", max_length, 1, "pass the number of tokens to keep of a caption")
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.tokenizer, self.max_length, self.attributes = tokenizer, max_length, attributes
 
     def __call__(self, items: list[dict]) -> dict:
         encoded = [self.tokenizer.encode(item["caption"]) for item in items]
@@ -45,7 +47,7 @@ class collate:
             inputs[b, :length] = torch.tensor([self.tokenizer.start_id, *kept])
             target[b, :length] = torch.tensor([*kept, self.tokenizer.end_id])
         return {
-            "images": stack_images([item["image"] for item in items]),
+            "images": stack_items(items, self.tokenizer if self.attributes else None),
             "inputs": inputs,
             "target": target,
             "lengths": torch.tensor(lengths),
@@ -71,6 +73,12 @@ def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
     if images[0].dim() == 2 and len({len(features) for features in images}) > 1:
         return torch.nn.utils.rnn.pad_sequence(images, batch_first=True)
     return torch.stack(images)
+
+
+def stack_items(items: list[dict], tokenizer: CaptionTokenizer | None = None) -> torch.Tensor | Attributed:
+    """The images of items of `KarpathyDataset` or of its `images()`; with a tokenizer, with their attributes as its ids."""
+    images = stack_images([item["image"] for item in items])
+    return images if tokenizer is None else attribute_images(images, [attribute_words(item) for item in items], tokenizer)
 
 
 class ShuffledBatches:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fastcap.data._checks import check_int, require
-from fastcap.data.features import RegionFeatures
+from fastcap.data.features import RegionFeatures, name_of
 from fastcap.data.text import words
 from fastcap.errors import bad
 
@@ -26,6 +26,7 @@ class KarpathyDataset(Dataset):
 
         {"image": float32 [3, S, S], "caption": str, "imgid": int, "sentid": int}
 
+    and "attributes", a list of words, where the image's record has them.
     `images()` is the same data with one item per image, for evaluation.
 
     Args:
@@ -98,12 +99,13 @@ class KarpathyDataset(Dataset):
         i, j = self._pairs[index]
         record = self.records[i]
         sentence = record["sentences"][j]
-        return {
+        item = {
             "image": self._tensor(record),
             "caption": sentence["raw"],
             "imgid": record["imgid"],
             "sentid": sentence["sentid"],
         }
+        return {**item, "attributes": record["attributes"]} if "attributes" in record else item
 
     def captions(self) -> list[str]:
         """Every caption of the split, in the order of the items; what a tokenizer is trained on."""
@@ -241,6 +243,18 @@ def _find_json(root: Path) -> Path:
     return found[0]
 
 
+def read_attributes(path: str | os.PathLike, features: RegionFeatures | None = None) -> dict[str, list[str]]:
+    """The attribute words of the images of a Karpathy-format file, by the picture's name or the features' id."""
+    records = _read_json(Path(path))
+    key = None if features is None else features.choose_key(records)
+    names = [Path(record["filename"]).name if key is None else name_of(record, key) for record in records]
+    found = {name: record["attributes"] for name, record in zip(names, records, strict=True) if "attributes" in record}
+    if not found:
+        remedy = 'add "attributes": ["red", "circle"] to its records'
+        raise bad(_OP, "json", "have the attributes of an image", str(path), remedy)
+    return found
+
+
 def _read_json(path: Path) -> list[dict]:
     """The checked `images` of the file."""
     remedy = "give a Karpathy-format dataset_*.json"
@@ -249,7 +263,7 @@ def _read_json(path: Path) -> list[dict]:
             document = json_module.load(file)
     except FileNotFoundError as error:
         raise bad(_OP, "json", "be a file", str(path), remedy) from error
-    except ValueError as error:  # broken JSON (its message gives line and column) or text that is not UTF-8
+    except (ValueError, RecursionError) as error:  # broken JSON (its message gives the place) or text that is not UTF-8
         raise bad(_OP, "json", "be valid JSON", f"{path} ({error})", remedy) from error
     images = document.get("images") if isinstance(document, dict) else None
     if not isinstance(images, list) or not images:
@@ -260,4 +274,10 @@ def _read_json(path: Path) -> list[dict]:
             rule = " and ".join(f"have a {key} ({_KINDS[key].__name__})" for key in wrong)
             raise bad(_OP, f"images[{n}] of {path}", rule, str(record)[:80], remedy)
         record.setdefault("imgid", n)
+        if not isinstance(record.get("filepath") or "", str):
+            raise bad(_OP, f"filepath of images[{n}] of {path}", "be a string", record["filepath"], remedy)
+        attributes = record.get("attributes", [])
+        if not isinstance(attributes, list) or not all(isinstance(word, str) for word in attributes):
+            remedy = 'write "attributes": ["red", "circle"], or leave them out'
+            raise bad(_OP, f"attributes of images[{n}] of {path}", "be a list of words", str(attributes)[:80], remedy)
     return images

@@ -72,26 +72,35 @@ def score_captions(
 
     Raises FastcapError for an empty list, lists of different lengths, or an entry that is not a caption or a scene.
     """
+    return {name: float(score) for name, score in scores_of_counts(claim_counts(captions, scenes, ks).sum(0), ks).items()}
+
+
+def claim_counts(captions: Sequence[str], scenes: Sequence[Scene | dict], ks: Sequence[int] = (1, 5, 10)) -> np.ndarray:
+    """What `score_captions` counts of each caption, [N, 4 + K] float64: 1; its claims; those that are true; the facts of its
+    scene; and for each k how sure it is that the scene is among the first k."""
     if len(captions) != len(scenes) or not captions:
         got = f"{len(captions)} captions and {len(scenes)} scenes"
         raise bad("data.score_captions", "captions", "be as many as the scenes, and at least one", got, "pass pairs")
     scenes = [_as_scene(scene, i) for i, scene in enumerate(scenes)]
     table = _SceneTable(scenes)
-    true = claims = 0
-    hits = np.zeros(len(ks))
+    counts = np.empty((len(captions), 4 + len(ks)))
     for i, caption in enumerate(captions):
         claimed = parse_caption(caption)
         agreement = table.true_claims(claimed)
-        true += int(agreement[i])
-        claims += len(claimed)
         better, tied = int((agreement > agreement[i]).sum()), int((agreement == agreement[i]).sum())
-        hits += np.clip((np.array(ks) - better) / tied, 0, 1)
-    present = sum(len(scene.objects) * len(_ATTRIBUTES) + 1 for scene in scenes)
+        present = len(scenes[i].objects) * len(_ATTRIBUTES) + 1
+        counts[i] = 1, len(claimed), agreement[i], present, *np.clip((np.array(ks) - better) / tied, 0, 1)
+    return counts
+
+
+def scores_of_counts(counts: np.ndarray, ks: Sequence[int] = (1, 5, 10)) -> dict[str, np.ndarray]:
+    """The scores of sums of `claim_counts` over captions: of [..., 4 + K] each [...]."""
+    captions, claims, true, present = (counts[..., n] for n in range(4))
     return {
-        "fact_precision": true / claims if claims else 0.0,
+        "fact_precision": true / np.maximum(claims, 1),  # of no claims none is true
         "fact_recall": true / present,
-        **{f"oracle_r{k}": float(hit) / len(captions) for k, hit in zip(ks, hits, strict=True)},
-        "facts_per_caption": claims / len(captions),
+        **{f"oracle_r{k}": counts[..., 4 + n] / captions for n, k in enumerate(ks)},
+        "facts_per_caption": claims / captions,
     }
 
 

@@ -37,6 +37,7 @@ BACKGROUNDS = {"white": (240, 240, 240), "black": (15, 15, 15), "gray": (128, 12
 
 _OP = "data.scenes"
 IMAGE_SIZE, CELL = 48, 16  # pixels
+REGIONS = "regions.npz"  # what `write_scene_regions` adds to a folder of scenes
 NOISE = 8  # uniform noise of -8 .. 8 levels of 255 on every channel
 _RADIUS = {"small": 4.0, "large": 7.5}  # pixels
 _CHANGES = ("shape", "color", "size", "texture", "position", "background")
@@ -215,6 +216,7 @@ def write_scenes(out: str | os.PathLike, num_images: int = 8000, seed: int = 0) 
     Image = require("PIL.Image", "data.write_scenes")
     scenes = make_scenes(num_images, seed)
     folder = FolderWriter(out, "scenes", "write_scenes")
+    (folder.root / REGIONS).unlink(missing_ok=True)  # of the pictures that are replaced
     pictures, splits = render_scenes(scenes, seed), split_groups(scenes, seed)
     images, sentid = [], 0
     for imgid, (scene, captions) in enumerate(zip(scenes, write_captions(scenes, seed), strict=True)):

@@ -1,169 +1,170 @@
 """Every metric of `fastcap evaluate`, measured one by one: what cannot be measured says why, and is never a zero.
 
-Adding a metric is one function of `Captioned` that returns `Found` or `NotMeasured`, and one entry in `METRICS`.
+Adding a metric is one function of `Task` that returns `Found` or `NotMeasured`, and one entry in `METRICS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from fastcap.data.scene_scores import score_captions
+from fastcap.data.scene_scores import claim_counts, scores_of_counts
 from fastcap.data.text import words
 from fastcap.errors import bad
-from fastcap.eval import _embeddings
+from fastcap.eval import coco_scores
+from fastcap.eval.bootstrap import Draws, interval, mean_of, means, medians, of_sums
+from fastcap.eval.captioned import Captioned, Column, Found, Metric, NotMeasured, Progress, Task
 from fastcap.eval.clip_score import clip_score, ref_clip_score
-from fastcap.eval.diversity import diversity
+from fastcap.eval.diversity import diversity, self_bleu
+from fastcap.eval.java_scores import meteor, spice
 from fastcap.eval.retrieval import KS, retrieve, summary
 
 _OP = "eval.measure"
-Progress = Callable[[int, int], None]
-
-
-class Embedded(NamedTuple):
-    """Embeddings by one CLIP: text [N, D] of the captions, image [N, D] of their images, reference [R, D] of all
-    references in the order of `Captioned.references`."""
-
-    text: Tensor
-    image: Tensor
-    reference: Tensor
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """N images with a caption each, and what is known of them.
-
-    captions: of the captioner that is evaluated.
-    references: of each image, the captions that people gave it; may be empty.
-    facts: of each image its facts, as `dataset_scenes.json` has them, or None where the data have none.
-    embedded: by the CLIP that judges, or None without one.
-    """
-
-    captions: Sequence[str]
-    references: Sequence[Sequence[str]]
-    facts: Sequence[dict] | None = None
-    embedded: Embedded | None = None
-
-    def __post_init__(self) -> None:
-        N = len(self.captions)
-        if isinstance(self.captions, str) or N == 0:
-            raise bad(_OP, "captions", "be a list of at least one caption", self.captions, "pass one per image")
-        for name in ("references", "facts"):
-            value = getattr(self, name)
-            if value is not None and len(value) != N:
-                raise bad(_OP, name, f"have an entry for each caption, {N}", len(value), "pass one per image")
-        if self.embedded is not None:
-            sizes = (N, N, sum(len(each) for each in self.references))
-            for name, value, count in zip(Embedded._fields, self.embedded, sizes, strict=True):
-                _embeddings.check(_OP, f"embedded.{name}", value, self.embedded.text)
-                if len(value) != count:
-                    raise bad(_OP, f"embedded.{name}", f"have {count} rows", len(value), "embed all of them, in order")
-
-
-class Found(NamedTuple):
-    """What a metric measured: numbers of the set, and numbers of each image where it has them, [N] each."""
-
-    scores: dict[str, float]
-    each: dict[str, list[float]] = {}
-
-
-class NotMeasured(NamedTuple):
-    """Why a metric could not be measured, and what to do about it."""
-
-    reason: str
-    remedy: str
-
-
-class Column(NamedTuple):
-    """One of a metric's numbers in the table: its name in the scores, the part of the table, its head and its format."""
-
-    key: str
-    group: str
-    head: str
-    form: str
-
-
-class Metric(NamedTuple):
-    """columns: what the table shows of it. measure: of captions, with a callback for progress or None."""
-
-    columns: tuple[Column, ...]
-    measure: Callable[[Captioned, Progress | None], Found | NotMeasured]
+TOKENIZERS = ("fastcap", "ptb")
 
 
 class Measured(NamedTuple):
-    """All metrics of one captioner: scores and each by the metrics' own names, and those that were not measured."""
+    """All metrics of one captioner.
+
+    scores, each: numbers of the set and of each image, by the metrics' own names.
+    not_measured: by metric, why it has none.
+    intervals: 95 % confidence intervals (low, high) by the scores' names; empty without `bootstrap`, and of one image, of
+        which every resample is the same.
+    resampled: the scores of each resample, [R] each, for `paired_difference`.
+    draws: which images each resample held; None without resamples.
+    """
 
     scores: dict[str, float]
     each: dict[str, list[float]]
     not_measured: dict[str, NotMeasured]
+    intervals: dict[str, tuple[float, float]] = {}
+    resampled: dict[str, np.ndarray] = {}
+    draws: Draws | None = None
 
 
-def measure(captioned: Captioned, *, progress: Progress | None = None) -> Measured:
+def measure(
+    captioned: Captioned,
+    *,
+    tokenizer: str = "fastcap",
+    bootstrap: int = 0,
+    seed: int = 0,
+    metrics: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Measured:
     """Every metric of `METRICS` on one captioner's captions.
 
     Args:
         captioned: the captions, with references, facts and embeddings as far as there are any.
+        tokenizer: what cuts captions into words for BLEU, METEOR, ROUGE-L, CIDEr, SPICE and self-BLEU: "fastcap"
+            (`ptb_tokenize`, no Java) or "ptb" (the Stanford tokenizer in Java).
+        bootstrap: how many resamples of the images the intervals are from; 0 makes none, published work has 1,000.
+        seed: of the resamples. Equal seeds draw equal images, so two captioners of the same images can be compared.
+        metrics: names in `METRICS` to measure; None: all.
         progress: called with how much is done and how much there is to do, while captions are ranked.
 
-    >>> found = measure(Captioned(["a red circle", "a dog"], [["a circle"], ["one dog"]]))
+    Returns:
+        `Measured`.
+
+    Raises:
+        FastcapError: an option that is none. What cannot be measured is no error: see `Measured.not_measured`.
+
+    >>> pairs = Captioned(["a red circle", "a dog"], [["a circle"], ["one dog"]])
+    >>> found = measure(pairs, metrics=["clip_score", "diversity"])
     >>> found.scores["mean_length"], found.not_measured["clip_score"].reason
     (2.5, 'no CLIP was given')
     """
-    scores: dict[str, float] = {}
-    each: dict[str, list[float]] = {}
-    without: dict[str, NotMeasured] = {}
-    for name, metric in METRICS.items():
-        found = metric.measure(captioned, progress)
+    chosen = _check(tokenizer, bootstrap, seed, metrics)
+    task = Task(captioned, tokenizer, progress)
+    images = len(captioned.captions)
+    draws = Draws(images, bootstrap, seed) if bootstrap and images > 1 else None
+    measured = Measured({}, {}, {}, {}, {}, draws)
+    for name in chosen:
+        found = METRICS[name].measure(task)
         if isinstance(found, NotMeasured):
-            without[name] = found
+            measured.not_measured[name] = found
             continue
-        scores.update(found.scores)
-        each.update(found.each)
-    return Measured(scores, each, without)
+        measured.scores.update(found.scores)
+        measured.each.update(found.each)
+        if draws is not None and found.resampled is not None:
+            resampled = draws.scores(found.resampled)
+            measured.resampled.update(resampled)
+            measured.intervals.update({key: interval(values) for key, values in resampled.items()})
+    return measured
+
+
+def _check(tokenizer: object, bootstrap: object, seed: object, metrics: object) -> list[str]:
+    if tokenizer not in TOKENIZERS:
+        raise bad(_OP, "tokenizer", f"be one of {', '.join(TOKENIZERS)}", tokenizer, "pass 'fastcap'; 'ptb' needs Java")
+    for name, value in (("bootstrap", bootstrap), ("seed", seed)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise bad(_OP, name, "be an integer of at least 0", value, f"pass {name}={1000 if name == 'bootstrap' else 0}")
+    if bootstrap == 1:
+        raise bad(_OP, "bootstrap", "be 0 or at least 2", 1, "pass 1000")
+    if metrics is None:
+        return list(METRICS)
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence) or not set(metrics) <= set(METRICS):
+        raise bad(_OP, "metrics", f"be a list of some of {', '.join(METRICS)}", metrics, "pass metrics=['bleu', 'cider']")
+    return [name for name in METRICS if name in metrics]
 
 
 _NO_CLIP = NotMeasured("no CLIP was given", "pass --clip, a run of fastcap train --model clip or a transformers CLIP")
 
 
-def _retrieval(captioned: Captioned, progress: Progress | None) -> Found | NotMeasured:
-    if captioned.embedded is None:
+def _retrieval(task: Task) -> Found | NotMeasured:
+    embedded = task.captioned.embedded
+    if embedded is None:
         return _NO_CLIP
-    found = retrieve(captioned.embedded.text, captioned.embedded.image, progress=progress)
+    found = retrieve(embedded.text, embedded.image, progress=task.progress)
     each = {"t2i_rank": found.text_to_image.rank().tolist(), "i2t_rank": found.image_to_text.rank().tolist()}
-    return Found(summary(found), each)
+    credits, ranks = {}, {}
+    for name, queries in (("t2i", found.text_to_image), ("i2t", found.image_to_text)):
+        credits.update({f"{name}_r{k}": queries.credit(k).cpu().numpy() for k in KS})
+        ranks[name] = queries.rank().cpu().numpy()
+    mean = means({**credits, **{f"{name}_mean_rank": rank for name, rank in ranks.items()}})
+    median = medians({f"{name}_median_rank": rank for name, rank in ranks.items()})
+    return Found(summary(found), each, lambda counts: mean(counts) | median(counts))
 
 
-def _clip_score(captioned: Captioned, progress: Progress | None) -> Found | NotMeasured:
-    if captioned.embedded is None:
+def _clip_score(task: Task) -> Found | NotMeasured:
+    embedded = task.captioned.embedded
+    if embedded is None:
         return _NO_CLIP
-    found = clip_score(captioned.embedded.text, captioned.embedded.image)
-    return Found({"clip_score": float(found.mean())}, {"clip_score": found.tolist()})
+    return mean_of("clip_score", clip_score(embedded.text, embedded.image).cpu().numpy())
 
 
-def _ref_clip_score(captioned: Captioned, progress: Progress | None) -> Found | NotMeasured:
-    if captioned.embedded is None:
+def _ref_clip_score(task: Task) -> Found | NotMeasured:
+    if task.captioned.embedded is None:
         return _NO_CLIP
-    counts = [len(references) for references in captioned.references]
-    if 0 in counts:
-        return NotMeasured(f"image {counts.index(0)} has no reference", "give every image a reference caption")
-    text, image, reference = captioned.embedded
-    of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(text.device)
-    found = ref_clip_score(text, image, reference, of)
-    return Found({"ref_clip_score": float(found.mean())}, {"ref_clip_score": found.tolist()})
+    if missing := task.without_references():
+        return missing
+    text, image, reference = task.captioned.embedded
+    counts = torch.tensor([len(references) for references in task.captioned.references])
+    of = torch.repeat_interleave(torch.arange(len(counts)), counts).to(text.device)
+    return mean_of("ref_clip_score", ref_clip_score(text, image, reference, of).cpu().numpy())
 
 
-def _diversity(captioned: Captioned, progress: Progress | None) -> Found:
-    return Found(diversity(captioned.captions), {"length": [len(words(caption)) for caption in captioned.captions]})
+def _diversity(task: Task) -> Found:
+    lengths = [len(words(caption)) for caption in task.captioned.captions]
+    return Found(diversity(task.captioned.captions), {"length": lengths}, means({"mean_length": np.array(lengths, float)}))
 
 
-def _facts(captioned: Captioned, progress: Progress | None) -> Found | NotMeasured:
-    if captioned.facts is None:
+def _self_bleu(task: Task) -> Found | NotMeasured:
+    if isinstance(task.tokens, NotMeasured):
+        return task.tokens
+    if len(task.captioned.captions) < 2:
+        return NotMeasured("one caption has no others to be like", "evaluate two images or more")
+    return Found({"self_bleu": float(self_bleu(task.tokens.captions).mean())})
+
+
+def _facts(task: Task) -> Found | NotMeasured:
+    if task.captioned.facts is None:
         return NotMeasured("the data hold no facts", "evaluate on scenes: fastcap data scenes")
-    return Found(score_captions(captioned.captions, captioned.facts, KS))
+    each = claim_counts(task.captioned.captions, task.captioned.facts, KS)
+    scores = {key: float(score) for key, score in scores_of_counts(each.sum(0), KS).items()}
+    return Found(scores, resampled=of_sums(each, lambda counts: scores_of_counts(counts, KS)))
 
 
 def _ranks(prefix: str, group: str) -> tuple[Column, ...]:
@@ -172,8 +173,14 @@ def _ranks(prefix: str, group: str) -> tuple[Column, ...]:
     return (*recalls, mean, Column(f"{prefix}_median_rank", group, "median rank", "{:.1f}"))
 
 
-_TO_IMAGE, _TO_CAPTION, _CLIP, _TRUE, _SAID = "caption to image", "image to caption", "CLIP", "facts of scenes", "captions"
+_PEOPLE, _TO_IMAGE, _TO_CAPTION = "references", "caption to image", "image to caption"
+_CLIP, _TRUE, _SAID = "CLIP", "facts of scenes", "captions"
 METRICS: dict[str, Metric] = {
+    "bleu": Metric(tuple(Column(f"bleu_{n}", _PEOPLE, f"BLEU-{n}", "{:.3f}") for n in range(1, 5)), coco_scores.bleu),
+    "meteor": Metric((Column("meteor", _PEOPLE, "METEOR", "{:.3f}"),), meteor),
+    "rouge_l": Metric((Column("rouge_l", _PEOPLE, "ROUGE-L", "{:.3f}"),), coco_scores.rouge_l),
+    "cider": Metric((Column("cider", _PEOPLE, "CIDEr", "{:.3f}"),), coco_scores.cider),
+    "spice": Metric((Column("spice", _PEOPLE, "SPICE", "{:.3f}"),), spice),
     "retrieval": Metric((*_ranks("t2i", _TO_IMAGE), *_ranks("i2t", _TO_CAPTION)), _retrieval),
     "clip_score": Metric((Column("clip_score", _CLIP, "CLIPScore", "{:.3f}"),), _clip_score),
     "ref_clip_score": Metric((Column("ref_clip_score", _CLIP, "RefCLIPScore", "{:.3f}"),), _ref_clip_score),
@@ -195,4 +202,5 @@ METRICS: dict[str, Metric] = {
         ),
         _diversity,
     ),
+    "self_bleu": Metric((Column("self_bleu", _SAID, "self-BLEU", "{:.3f}"),), _self_bleu),
 }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastcap.errors import bad
+from fastcap.eval._json import is_id, is_text, kind, read_json
 
 _OP = "eval.results"
 _REMEDY = 'give a list of {"image_id": ..., "caption": ...}, as COCO has it'
@@ -23,20 +24,15 @@ def read_results(path: str | os.PathLike) -> dict[str, str]:
     'a man on a motorcycle'
     """
     path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise bad(_OP, "captions", "be a file", str(path), _REMEDY) from error
-    except OSError as error:
-        raise bad(_OP, "captions", "be a readable file", f"{path} ({error.strerror})", _REMEDY) from error
-    except (ValueError, RecursionError) as error:  # its message gives the place; text that is not UTF-8 is one too
-        raise bad(_OP, "captions", "be valid JSON in UTF-8", f"{path} ({error})", _REMEDY) from error
+    document = read_json(_OP, "captions", path, _REMEDY)
     if not isinstance(document, list) or not document:
-        got = f"{path} with {'no entry' if document == [] else type(document).__name__}"
-        raise bad(_OP, "captions", "hold a list of captions", got, _REMEDY)
+        got = f"{path} with {'no entry' if document == [] else kind(document)}"
+        references = isinstance(document, dict) and ("annotations" in document or "images" in document)
+        remedy = "this looks like references: pass it as --references" if references else _REMEDY
+        raise bad(_OP, "captions", "hold a list of captions", got, remedy)
     found: dict[str, str] = {}
     for n, entry in enumerate(document):
-        sound = isinstance(entry, dict) and _is_id(entry.get("image_id")) and _is_text(entry.get("caption"))
+        sound = isinstance(entry, dict) and is_id(entry.get("image_id")) and is_text(entry.get("caption"))
         if not sound:
             rule = "have an image_id (number or string) and a caption (string of Unicode)"
             raise bad(_OP, f"entry {n} of {path}", rule, repr(entry)[:80], _REMEDY)
@@ -55,15 +51,3 @@ def write_results(path: str | os.PathLike, captions: Mapping[int | str, str]) ->
     entries = [{"image_id": id, "caption": caption} for id, caption in captions.items()]
     partial.write_text(json.dumps(entries, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _is_id(value: object) -> bool:
-    return _is_text(value) and value != "" or isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_text(value: object) -> bool:
-    """A string that can be written again: JSON can name half of a surrogate pair, UTF-8 cannot."""
-    try:
-        return isinstance(value, str) and value.encode("utf-8") is not None
-    except UnicodeEncodeError:
-        return False

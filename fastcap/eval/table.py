@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fastcap.eval.metrics import METRICS, Column, NotMeasured
+from fastcap.eval.captioned import Column, NotMeasured
+from fastcap.eval.metrics import METRICS
 
 _NONE = "-"
+_INTERVAL = "95 %"
 
 
 class Row(NamedTuple):
-    """One captioner: its name, what was measured, and what was not."""
+    """One captioner: its name, what was measured, what was not, and the intervals of scores that have one."""
 
     name: str
     scores: dict[str, float]
     not_measured: dict[str, NotMeasured]
+    intervals: dict[str, tuple[float, float]] = {}
 
 
 def table(rows: Sequence[Row], head: str = "") -> str:
     """A table for each kind of metric, a row each; below, what was not measured and how to get it.
 
-    head: the corner of the tables. A kind that no row has is left out, a number that one row lacks is a dash.
+    head: the text above the tables. A kind that no row has is left out, a number that one row lacks is a dash. Confidence
+    intervals stand in a line of their own below the row, so that the table is no wider than they are.
 
     >>> print(table([Row("mle", {"clip_score": 0.75, "ref_clip_score": 0.8}, {})]))
     | CLIP | CLIPScore | RefCLIPScore |
@@ -32,7 +36,10 @@ def table(rows: Sequence[Row], head: str = "") -> str:
     for group, columns in _groups():
         if any(column.key in row.scores for row in rows for column in columns):
             lines = [[group, *(column.head for column in columns)]]
-            lines += [[_cell(row.name), *(_number(row, column) for column in columns)] for row in rows]
+            for row in rows:
+                lines.append([_cell(row.name), *(_number(row, column) for column in columns)])
+                if any(column.key in row.intervals for column in columns):
+                    lines.append([_INTERVAL, *(_interval(row, column) for column in columns)])
             parts.append("\n".join(_aligned(lines)))
     notes = [_note(names, why, rows) for why, names in _reasons(rows).items()]
     return "\n\n".join(([head] if head else []) + parts + (["\n".join(notes)] if notes else []))
@@ -48,6 +55,11 @@ def _groups() -> Iterator[tuple[str, list[Column]]]:
 
 def _number(row: Row, column: Column) -> str:
     return column.form.format(row.scores[column.key]) if column.key in row.scores else _NONE
+
+
+def _interval(row: Row, column: Column) -> str:
+    """Low and high, or nothing where there is none."""
+    return "–".join(map(column.form.format, row.intervals[column.key])) if column.key in row.intervals else ""
 
 
 def _cell(text: str) -> str:

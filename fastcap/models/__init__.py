@@ -13,6 +13,7 @@ from .clip_pretrained import load_clip
 from .decoding import Captions, beam_search, greedy
 from .encoders import BackboneEncoder, ConvEncoder, Encoder, FeatureEncoder, VggEncoder, build_encoder
 from .files import MODELS, build, load, save
+from .glied import Glied, GliedConfig
 from .pretrained import PretrainedTokenizer, load_blip, load_tokenizer
 from .sampling import sample, sample_and_greedy
 from .show_attend_tell import VARIANTS, Decoded, ShowAttendTell, ShowAttendTellConfig
@@ -33,6 +34,8 @@ __all__ = [
     "Embedder",
     "Encoder",
     "FeatureEncoder",
+    "Glied",
+    "GliedConfig",
     "PretrainedTokenizer",
     "ShowAttendTell",
     "ShowAttendTellConfig",

@@ -124,11 +124,18 @@ class Blip(nn.Module):
         """
         return self.head(self.hidden_states(images, inputs)), None
 
-    def hidden_states(self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, T, H], of which `head` makes the logits: for losses that take hidden states and the head's weight."""
-        decoder = self.blip.text_decoder
+    def hidden_states(
+        self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, H], of which `head` makes the logits: for losses that take hidden states and the head's weight.
+
+        rows: [B] int64, which of the images each caption is of; None: one image for each. An image is encoded once.
+        """
+        decoder, patches = self.blip.text_decoder, self._patches(images)
+        if rows is not None:
+            patches = patches.index_select(0, rows)
         tokens = self._with_prompt(inputs)
-        read = decoder.bert(tokens, encoder_hidden_states=self._patches(images), is_decoder=True, use_cache=False)
+        read = decoder.bert(tokens, encoder_hidden_states=patches, is_decoder=True, use_cache=False)
         return decoder.cls.predictions.transform(read.last_hidden_state[:, len(self.prompt) :])
 
     def encode(self, images: Tensor) -> Memory:

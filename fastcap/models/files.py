@@ -14,10 +14,11 @@ from fastcap.errors import FastcapError, bad
 
 from .blip import Blip
 from .clip import Clip
+from .glied import Glied
 from .show_attend_tell import ShowAttendTell
 from .show_tell import ShowTell
 
-MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, ShowTell, Blip, Clip)}
+MODELS: dict[str, type[nn.Module]] = {model.name: model for model in (ShowAttendTell, ShowTell, Glied, Blip, Clip)}
 
 
 def build(name: str, **options: Any) -> nn.Module:

@@ -171,9 +171,14 @@ class ShowAttendTell(nn.Module):
         hidden, alphas, *_, schedule = self._decode(images, inputs, lengths, scheduled_sampling)
         return schedule.unpack(self.head(hidden), *inputs.shape), schedule.unpack(alphas, *inputs.shape)
 
-    def hidden_states(self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, T, E], of which `head` makes the logits: for losses that take hidden states and the head's weight."""
-        hidden, *_, schedule = self._decode(images, inputs, lengths, 0.0)
+    def hidden_states(
+        self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, E], of which `head` makes the logits: for losses that take hidden states and the head's weight.
+
+        rows: [B] int64, which of the images each caption is of; None: one image for each. An image is encoded once.
+        """
+        hidden, *_, schedule = self._decode(images, inputs, lengths, 0.0, rows)
         return schedule.unpack(hidden, *inputs.shape)
 
     def teacher_forced(
@@ -197,14 +202,18 @@ class ShowAttendTell(nn.Module):
         return Decoded(*(None if x is None else schedule.unpack(x, *inputs.shape) for x in packed))
 
     def _decode(
-        self, images: Tensor, inputs: Tensor, lengths: Tensor | None, scheduled_sampling: float
+        self, images: Tensor, inputs: Tensor, lengths: Tensor | None, scheduled_sampling: float, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Schedule]:
         """Of the N (step, row) that count: hidden [N, E], alphas [N, L], log_probs [N] and entropy [N]; and the schedule."""
         if not 0 <= scheduled_sampling <= 1:
             remedy = "pass 0 for the captions' own words"
             raise bad("models", "scheduled_sampling", "be in [0, 1]", scheduled_sampling, remedy)
         schedule = plan(inputs, lengths)
-        memory = self.encode(schedule.sort(images))
+        if rows is None:
+            memory = self.encode(schedule.sort(images))
+        else:
+            of = schedule.sort(rows)
+            memory = Memory(*(None if x is None else x.index_select(0, of) for x in self.encode(images)))
         if scheduled_sampling:
             inputs = self._replace(inputs, memory, schedule, scheduled_sampling)
             torch.clear_autocast_cache()  # before torch 2.11 it would hand weights cast without a gradient to what follows

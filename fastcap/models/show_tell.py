@@ -95,9 +95,15 @@ class ShowTell(nn.Module):
             logits = logits.masked_fill(past.unsqueeze(2), 0)
         return logits, None
 
-    def hidden_states(self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """[B, T, H], of which `head` makes the logits: for losses that take hidden states and the head's weight."""
-        sequence = torch.cat((self.encode(images).unsqueeze(1), self.embed(inputs)), dim=1)
+    def hidden_states(
+        self, images: Tensor, inputs: Tensor, lengths: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, H], of which `head` makes the logits: for losses that take hidden states and the head's weight.
+
+        rows: [B] int64, which of the images each caption is of; None: one image for each. An image is encoded once.
+        """
+        pictures = self.encode(images) if rows is None else self.encode(images).index_select(0, rows)
+        sequence = torch.cat((pictures.unsqueeze(1), self.embed(inputs)), dim=1)
         if lengths is None:
             hidden, _ = self.lstm(sequence)
         else:

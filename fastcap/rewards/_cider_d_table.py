@@ -44,10 +44,10 @@ class Table(NamedTuple):
         words: dict[Any, int] = {}
         parent, word, count = [], [], []
         for gram, images in frequencies.items():
-            sound = isinstance(gram, tuple) and gram and (all_are(gram, str) or all_are(gram, int))
+            sound = isinstance(gram, tuple) and gram and (all_are(gram, str) or all(map(_is_id, gram)))
             if not sound or isinstance(gram[0], str) != isinstance(next(iter(words), gram[0]), str):
                 raise bad(OP, "frequencies", "have n-grams of words, or all of ids, as keys", gram, remedy)
-            if isinstance(images, bool) or not isinstance(images, (int, float)) or images < 0 or images != int(images):
+            if isinstance(images, bool) or not isinstance(images, (int, float)) or not 0 <= images < 2**63 or images % 1:
                 raise bad(OP, f"frequencies[{gram!r}]", "be a count", images, remedy)
             if len(gram) > n:
                 continue
@@ -104,3 +104,7 @@ class Table(NamedTuple):
 
 def all_are(values: Iterable, kind: type) -> bool:
     return all(isinstance(value, kind) for value in values)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and -(2**63) <= value < 2**63

@@ -15,7 +15,6 @@ variant "-D", as the `Cider` of pycocoevalcap computes it.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -83,6 +82,7 @@ class CiderD:
                 that is not there is in none.
             num_documents: how many images were counted, at least 2.
         """
+        _check_settings(n, sigma)
         if not isinstance(frequencies, Mapping):
             raise bad(OP, "frequencies", "be a mapping of n-grams to counts", type(frequencies).__name__, "pass a dict")
         return cls._from_table(Table.of_counts(frequencies, n), num_documents, n, sigma)
@@ -134,9 +134,14 @@ class CiderD:
         partial = path.with_name(path.name + ".partial")
         settings = {"num_documents": self.num_documents, "n": self.n, "sigma": self.sigma, "format": _FORMAT}
         arrays = {name: value.numpy() for name, value in table._asdict().items()}
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **arrays, **{name: np.asarray(value) for name, value in settings.items()})
-        os.replace(partial, path)
+        try:
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, **arrays, **{name: np.asarray(value) for name, value in settings.items()})
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            got = f"{path} ({error.strerror or error})"
+            raise bad(OP, "path", "be a file that can be written", got, "name one in a folder that is there") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CiderD:
@@ -165,9 +170,9 @@ class CiderD:
     @classmethod
     def _from_table(cls, table: Table, num_documents: int, n: int, sigma: float) -> CiderD:
         _check_settings(n, sigma)
-        if isinstance(num_documents, bool) or not isinstance(num_documents, int) or num_documents < 2:
+        if isinstance(num_documents, bool) or not isinstance(num_documents, int) or not 2 <= num_documents < _MOST:
             remedy = "with one image log(1/1) = 0 is the weight of every n-gram"
-            raise bad(OP, "num_documents", "be an integer of at least 2", num_documents, remedy)
+            raise bad(OP, "num_documents", "be an integer of at least 2, below 2^32", num_documents, remedy)
         if len(table.count) and int(table.count.max()) > num_documents:
             rule = f"be at most num_documents, {num_documents}"
             raise bad(OP, "frequencies", rule, int(table.count.max()), "pass the number of images that were counted")
@@ -207,13 +212,16 @@ class References:
 
 
 _FORMAT = 1
+_MOST = 2**32  # documents: C++ counts in 32 bits
+_SQUARED = 1e150  # beyond it, or below its inverse, the square of sigma is no number any more
 
 
 def _check_settings(n: int, sigma: float) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 8:
         raise bad(OP, "n", "be an integer in [1, 8]", n, "pass n=4, the published one")
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
-        raise bad(OP, "sigma", "be a positive finite number", sigma, "pass sigma=6.0, the published one")
+    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 1 / _SQUARED < sigma < _SQUARED:
+        rule = "be a positive finite number, and its square too"
+        raise bad(OP, "sigma", rule, sigma, "pass sigma=6.0, the published one")
 
 
 def _rows(rows: Any, count: int, images: int) -> Tensor:

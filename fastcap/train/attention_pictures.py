@@ -69,7 +69,8 @@ def draw_files(path: str | Path, captioner: Captioner, files: Sequence[Captioned
     Raises:
         FastcapError: as `draw` and `Captioner.attention` do.
     """
-    images = data.batching.stack_images([told.image for told in files])
+    items = [{"image": told.image, "attributes": told.attributes} for told in files]
+    images = data.batching.stack_items(items, captioner.attribute_tokenizer)
     attended, centres = captioner.attention(images, [told.ids for told in files]), captioner.centres(images)
     rows = []
     for told, one in zip(files, attended, strict=True):

@@ -5,9 +5,10 @@ Both are for a part of a step's captions, divided by numbers of the whole step, 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastcap.functional import attention_coverage
+from fastcap.functional import attention_coverage, attention_coverage_from_scores
 
 REINFORCE, ENTROPY = 0.1, 0.002  # the weights of Show, Attend and Tell
 BASELINE = 0.9  # what the moving baseline keeps at each step
@@ -76,15 +77,49 @@ def coverage_penalty(
             sum over captions of the mean over locations, as the original code has it.
     """
     L = alphas.shape[2]
-    counted = L if mask is None else mask.sum(1).clamp(min=1)
-    if target == "length":
-        tau = lengths.to(alphas.device, alphas.dtype, non_blocking=True) / counted
-    else:
-        tau = float(target)
+    tau = _target(target, lengths, mask, L, alphas)
     if mask is None:
         divisor = {"mean": captions * L, "batchmean": captions, "sum": 1, "theano": L}[reduction]
         return attention_coverage(alphas, target=tau, reduction="sum") / divisor
-    residuals = attention_coverage(alphas, target=tau, reduction="none").masked_fill(~mask, 0).sum(1)
+    return _reduced(attention_coverage(alphas, target=tau, reduction="none"), mask, captions, locations, reduction)
+
+
+def coverage_penalty_of_heads(
+    query: Tensor,
+    key: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    *,
+    captions: int,
+    locations: Tensor | None = None,
+    target: str = "1",
+    reduction: str = "mean",
+) -> Tensor:
+    """`coverage_penalty` of scaled dot-product attention, the mean over its heads; no attention weights are kept.
+
+    Args:
+        query, key: [B, heads, T, E] and [B, heads, L, E], projected.
+        lengths, mask, captions, locations, target, reduction: as there.
+    """
+    L = key.shape[2]
+    options = {"key_mask": mask, "lengths": lengths, "target": _target(target, lengths, mask, L, query), "reduction": "none"}
+    penalty = attention_coverage_from_scores(query, key, **options).mean(1)
+    if mask is None:
+        mask, locations = torch.ones_like(penalty, dtype=torch.bool), captions * L
+    return _reduced(penalty, mask, captions, locations, reduction)
+
+
+def _target(target: str, lengths: Tensor, mask: Tensor | None, L: int, like: Tensor) -> float | Tensor:
+    """tau, or [B]: a caption's steps over its locations."""
+    if target != "length":
+        return float(target)
+    counted = L if mask is None else mask.sum(1).clamp(min=1)
+    return lengths.to(like.device, torch.promote_types(like.dtype, torch.float32), non_blocking=True) / counted
+
+
+def _reduced(penalty: Tensor, mask: Tensor, captions: int, locations: Tensor | int | None, reduction: str) -> Tensor:
+    """Of the penalties [B, L] of locations, those that mask [B, L] says count."""
+    residuals = penalty.masked_fill(~mask, 0).sum(1)
     if reduction == "theano":
-        return (residuals / counted).sum()
+        return (residuals / mask.sum(1).clamp(min=1)).sum()
     return residuals.sum() / {"mean": locations, "batchmean": captions, "sum": 1}[reduction]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from fastcap import data, models
-from fastcap.data.batching import stack_images
+from fastcap.data.batching import stack_items
 from fastcap.errors import bad
 
 from . import checkpoint
 
 
 class CaptionedFile(NamedTuple):
-    """A picture file with its caption: the text, the ids that were decoded, and the picture as the model took it.
+    """A picture file with its caption: the text, the ids that were decoded, and the picture as the model took it, with its
+    attribute words where the model must be given them.
 
     Of a file that cannot be read `caption`, `ids` and `image` are None, and `reason` says why.
     """
@@ -29,6 +30,7 @@ class CaptionedFile(NamedTuple):
     reason: str
     ids: list[int] | None = None
     image: Tensor | None = None
+    attributes: Sequence[str] | None = None
 
 
 Centres = tuple[Sequence[float], Sequence[float]]
@@ -65,6 +67,12 @@ class Captioner:
             raise bad("caption", "checkpoint", "be a captioner's", f"{folder}, a clip", remedy)
         tokenizer = models.load_tokenizer(found)
         return cls(models.load(found, device), tokenizer, config.image_size, config.max_length)
+
+    @property
+    def attribute_tokenizer(self) -> Any | None:
+        """For `fastcap.data.batching.stack_items`: the tokenizer, where the model must be given attribute words."""
+        given = isinstance(self.model, models.Glied) and self.model.predictor is None
+        return self.tokenizer if given else None
 
     def __call__(self, images: Tensor, *, beam: int = 1, length_penalty: float = 0.0) -> list[str]:
         """Captions of images [B, 3, S, S] in [-1, 1]: greedy, or the best of a beam."""
@@ -189,31 +197,48 @@ class Captioner:
         length_penalty: float = 0.0,
         batch_size: int = 64,
         features: data.RegionFeatures | None = None,
+        attributes: Mapping[str, Sequence[str]] | None = None,
     ) -> Iterator[CaptionedFile]:
         """Each picture with its caption, or why it cannot be read, in order.
 
         features: of a model that was trained on precomputed features; the paths are then the ids that they are stored by.
+        attributes: of a model that was trained with the attributes given: the words by name of the file, or by id.
         """
         if isinstance(getattr(self.model, "encoder", None), models.FeatureEncoder) != (features is not None):
             got = "none" if features is None else str(features.path)
             rule = "be given where the model was trained on them, and only there"
             raise bad("caption", "features", rule, got, "see `features` in the checkpoint's trainer.json")
+        if (self.attribute_tokenizer is not None) != (attributes is not None):
+            got = "none" if attributes is None else f"{len(attributes)} images' words"
+            rule = "be given where the model was trained with the words of its images given, and only there"
+            raise bad("caption", "attributes", rule, got, "see `attributes` in the checkpoint's trainer.json")
         read_one = self.read if features is None else lambda id: torch.from_numpy(features[id])
         paths = iter(paths)
         while batch := list(itertools.islice(paths, batch_size)):
-            read: dict[int, Tensor] = {}
+            read: dict[int, dict] = {}
             reasons: dict[int, str] = {}
             for i, path in enumerate(batch):
                 try:
-                    read[i] = read_one(path)
+                    words = {} if attributes is None else {"attributes": _words_of(path, attributes, features is None)}
+                    read[i] = {"image": read_one(path), **words}
                 except ValueError as error:
                     reasons[i] = str(error)
             found: dict[int, list[int]] = {}
             if read:
-                ids = self.ids(stack_images(list(read.values())), beam=beam, length_penalty=length_penalty)
+                images = stack_items(list(read.values()), self.attribute_tokenizer)
+                ids = self.ids(images, beam=beam, length_penalty=length_penalty)
                 found = dict(zip(read, ids, strict=True))
             for i, path in enumerate(batch):
                 if i in reasons:
                     yield CaptionedFile(str(path), None, reasons[i])
                 else:
-                    yield CaptionedFile(str(path), self.tokenizer.decode(found[i]), "", found[i], read[i])
+                    item = read[i]["image"], read[i].get("attributes")
+                    yield CaptionedFile(str(path), self.tokenizer.decode(found[i]), "", found[i], *item)
+
+
+def _words_of(path: str | Path, attributes: Mapping[str, Sequence[str]], is_file: bool) -> Sequence[str]:
+    name = Path(path).name if is_file else str(path)
+    if name not in attributes:
+        remedy = "name it in the file of --attributes, with [] where it has none"
+        raise bad("caption", f"image {path}", "have attributes", "none", remedy)
+    return attributes[name]

@@ -11,16 +11,16 @@ from typing import Any
 from fastcap.errors import bad
 from fastcap.objectives import OBJECTIVES, REINFORCED
 
+from . import rl_settings
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 TOKENIZERS = ("words", "wordpiece")
 ATTENTIONS = ("soft", "hard", "mean")
 VARIANTS = ("original", "tutorial")
+DISTILLING = ("visual_distilling", "attribute_distilling", "local_distilling")  # of glied; base has none
+ATTRIBUTES = ("predicted", "given")
 COVERAGE_REDUCTIONS = ("mean", "batchmean", "sum", "theano")
-POLICIES = ("sample", "beam")
-REWARD_BASELINES = ("two-way", "one-way", "similar", "greedy", "none")
-REWARD_EXCLUDES = ("self", "group")
 CONTRASTIVES = ("symmetric", "decoupled")
-GT_WEIGHTS = ("clamp0", "centered", "raw", "none")
 MOST_MEMORY = 2**30  # MB: a petabyte, and as bytes still an int64
 
 # What may change when a run is resumed: nothing here changes the weights that come out.
@@ -52,6 +52,11 @@ FROM_CHECKPOINT = (
     "text_layers",
     "attention",
     "variant",
+    "heads",
+    *DISTILLING,
+    "attributes",
+    "num_attributes",
+    "attribute_vocab",
     "dropout",
     "image_size",
     "tokenizer",
@@ -82,7 +87,9 @@ class TrainConfig:
         None, "features of the pictures' regions, in their place: HDF5, npz or a folder, as fastcap.data reads them", "Run"
     )
     out: str = _option("", "folder of the run: checkpoints and logs", "Run")
-    objective: str = _option("mle", "mle, smile, smile+mle, resmile, or wtf-rl: reinforcement by a CLIP", "Run")
+    objective: str = _option(
+        "mle", "mle, smile, smile+mle, resmile; or by reward: wtf-rl, by a CLIP; scst or new-scst, self-critical", "Run"
+    )
     mle_weight: float | None = _option(None, "share of MLE in smile+mle, where it is 0.01 unless given", "Run")
     init_from: str | None = _option(None, "checkpoint or run whose model and tokenizer to start from", "Run")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, ...", "Run")
@@ -90,7 +97,9 @@ class TrainConfig:
     seed: int = _option(0, "of weights, order and dropout", "Run")
     workers: int = _option(0, "processes that load pictures; 0 loads in this one", "Run")
 
-    model: str = _option("show-attend-tell", "show-attend-tell, show-and-tell, blip, or clip: no captioner", "Model")
+    model: str = _option(
+        "show-attend-tell", "show-attend-tell, show-and-tell, glied, its base, blip, or clip: no captioner", "Model"
+    )
     pretrained: str | None = _option(
         None,
         "of blip: transformers checkpoint to start from, a folder or a hub name; none: a small model with random weights. "
@@ -110,6 +119,15 @@ class TrainConfig:
     variant: str | None = _option(
         None, "of show-attend-tell: original (tanh, scalar gate, deep output) or tutorial (relu, vector gate)", "Model"
     )
+    heads: int | None = _option(None, "of each attention of glied and base, whose width is a multiple of it", "Model")
+    visual_distilling: bool | None = _option(None, "regions first attend to each other", "Model")
+    attribute_distilling: bool | None = _option(None, "words first attend to the attributes", "Model")
+    local_distilling: bool | None = _option(None, "regions and attributes are attended to once more at the end", "Model")
+    attributes: str | None = _option(
+        None, "words of an image: predicted from its regions, or given as `attributes` in the data", "Model"
+    )
+    num_attributes: int | None = _option(None, "words kept of an image, the most probable ones", "Model")
+    attribute_vocab: int | None = _option(None, "most frequent content words of the captions, to predict from", "Model")
     prompt: str | None = _option(None, "text that every caption begins with: given, not learnt, not printed", "Model")
 
     tokenizer: str | None = _option(None, "words or wordpiece", "Words")
@@ -121,10 +139,15 @@ class TrainConfig:
     batch_size: int = _option(64, "captions a step", "Optimiser")
     accumulate: int = _option(1, "parts in which a step is computed: less memory, same result", "Optimiser")
     memory_budget: float = _option(256.0, "MB of scratch for losses over the whole vocabulary", "Optimiser")
-    lr: float | None = _option(None, "highest learning rate of AdamW; by wtf-rl 3e-4, of blip 1e-6", "Optimiser")
+    lr: float | None = _option(
+        None, "highest learning rate of AdamW; by wtf-rl 3e-4, self-critical 1e-4, of blip 1e-6", "Optimiser"
+    )
     warmup: int | None = _option(None, "steps of linear rise, before half a cosine", "Optimiser")
     weight_decay: float | None = _option(None, "of matrices, not of vectors", "Optimiser")
     clip: float = _option(5.0, "largest norm of the gradient", "Optimiser")
+    mle_steps: int = _option(0, "of an objective by reward: the first of the steps, which are by mle", "Optimiser")
+    mle_lr: float | None = _option(None, "highest learning rate of those; mle's own if not given", "Optimiser")
+    mle_warmup: int | None = _option(None, "steps of linear rise of those, before half a cosine", "Optimiser")
     label_smoothing: float | None = _option(None, "of mle, over the vocabulary; the other objectives have none", "Optimiser")
 
     coverage: float = _option(
@@ -146,6 +169,17 @@ class TrainConfig:
     embed_width: int | None = _option(None, "of the embeddings", "CLIP")
     text_layers: int | None = _option(None, "of the transformer that reads texts", "CLIP")
 
+    rewards: str = _option(
+        "cider-d",
+        "of scst and new-scst, a weighted sum of cider-d, bleu-4 and similarity, the cosine by --reward-clip: such as "
+        "cider-d=1,bleu-4=0.5",
+        "Reinforcement",
+    )
+    df: str | None = _option(
+        None,
+        "document frequencies of cider-d, a file of CiderD.save; those of the training captions if not given",
+        "Reinforcement",
+    )
     reward_clip: str | None = _option(
         None, "the CLIP that rewards: a run of --model clip, or a transformers CLIP by name or folder", "Reinforcement"
     )
@@ -166,7 +200,7 @@ class TrainConfig:
         "clamp0", "of the data's captions, by reward: clamp0, if it is above 0; centered at 0; raw; or none", "Reinforcement"
     )
     policy: str = _option("sample", "which captions to reward: sample, or beam, the best of a beam", "Reinforcement")
-    samples: int = _option(1, "captions drawn of each image", "Reinforcement")
+    samples: int | None = _option(None, "captions drawn of each image; if not given, 5 by new-scst, else 1", "Reinforcement")
     temperature: float = _option(1.0, "of the draws; the gradient is that of 1", "Reinforcement")
     beam_size: int = _option(5, "of policy beam", "Reinforcement")
     on_collapse: str = _option(
@@ -175,7 +209,7 @@ class TrainConfig:
 
     validate_every: int = _option(250, "steps between validations; 0 for none", "Logs and checkpoints")
     validate_batches: int = _option(20, "batches of a validation", "Logs and checkpoints")
-    samples_every: int = _option(25, "of wtf-rl: steps between lines of samples.jsonl; 0 for none", "Logs and checkpoints")
+    samples_every: int = _option(25, "by reward: steps between lines of samples.jsonl; 0 for none", "Logs and checkpoints")
     checkpoint_every: int = _option(500, "steps between checkpoints; the last has one", "Logs and checkpoints")
     keep: int = _option(2, "newest checkpoints to keep", "Logs and checkpoints")
 
@@ -186,31 +220,34 @@ class TrainConfig:
             value, kinds = getattr(self, name), typing.get_args(kind) or (kind,)
             wanted = (*kinds, int) if float in kinds else kinds
             if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in kinds):
-                kind_name = {int: "an integer", float: "a number"}.get(kinds[0], "a string")
+                kind_name = {int: "an integer", float: "a number", bool: "True or False"}.get(kinds[0], "a string")
                 raise bad("train", name, f"be {kind_name}", value, f"pass {kind_name}")
-        self._one_of("model", tuple(MODELS))
-        self._one_of("objective", (*OBJECTIVES, *REINFORCED))
-        self._one_of("precision", PRECISIONS)
-        self._one_of("tokenizer", TOKENIZERS)
-        self._one_of("attention", ATTENTIONS)
-        self._one_of("variant", VARIANTS)
-        self._one_of("contrastive", CONTRASTIVES)
-        self._one_of("coverage_reduction", COVERAGE_REDUCTIONS)
+        self.one_of("model", (*MODELS, "base"))
+        self.one_of("objective", (*OBJECTIVES, *REINFORCED))
+        self.one_of("precision", PRECISIONS)
+        self.one_of("tokenizer", TOKENIZERS)
+        self.one_of("attention", ATTENTIONS)
+        self.one_of("variant", VARIANTS)
+        self.one_of("attributes", ATTRIBUTES)
+        self.one_of("contrastive", CONTRASTIVES)
+        self.one_of("coverage_reduction", COVERAGE_REDUCTIONS)
         self._check_coverage_target()
-        self._check_reinforcement()
+        rl_settings.check(self)
         for name in ("data", "out", "encoder", "device", "pretrained", "features"):
             if getattr(self, name) == "":
                 raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
         for name in ("width", "attention_width", "embed_width", "text_layers", "image_size", "min_count", "max_length"):
-            self._at_least(name, 1)
+            self.at_least(name, 1)
+        for name in ("heads", "num_attributes", "attribute_vocab"):
+            self.at_least(name, 1)
         for name in ("steps", "batch_size", "accumulate", "validate_batches", "keep"):
-            self._at_least(name, 1)
-        for name in ("warmup", "weight_decay", "seed", "workers", "validate_every", "checkpoint_every"):
-            self._at_least(name, 0)
-        self._at_least("vocab_size", 5)
+            self.at_least(name, 1)
+        for name in ("warmup", "mle_warmup", "weight_decay", "seed", "workers", "validate_every", "checkpoint_every"):
+            self.at_least(name, 0)
+        self.at_least("vocab_size", 5)
         if self.seed >= 2**63:
             raise bad("train", "seed", "be less than 2**63", self.seed, "pass seed=0")
-        for name, usual in (("lr", 0.002), ("clip", 5.0)):
+        for name, usual in (("lr", 0.002), ("mle_lr", 0.002), ("clip", 5.0)):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={usual}")
         for name in ("dropout", "mle_weight", "label_smoothing"):
@@ -228,7 +265,7 @@ class TrainConfig:
             rule = f"be at most batch_size={self.batch_size}"
             raise bad("train", "accumulate", rule, self.accumulate, "pass a smaller number")
 
-    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+    def one_of(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in (*choices, None):
             rule = f"be one of {', '.join(map(repr, choices))}"
             raise bad("train", name, rule, getattr(self, name), f"pass {name}={choices[0]!r}")
@@ -242,41 +279,14 @@ class TrainConfig:
             rule, remedy = "be a finite number or 'length'", "pass coverage_target='1'"
             raise bad("train", "coverage_target", rule, self.coverage_target, remedy)
 
-    def _check_reinforcement(self) -> None:
-        """The fields under that heading; what does not combine with the objective is an error, not ignored."""
-        fields = [field for field in dataclasses.fields(self) if field.metadata["panel"] == "Reinforcement"]
-        if self.objective not in REINFORCED:
-            for field in fields:
-                if getattr(self, field.name) != field.default:
-                    rule, remedy = f"be left out with objective {self.objective}", "or pass --objective wtf-rl"
-                    raise bad("train", field.name, rule, getattr(self, field.name), remedy)
-            return
-        self._one_of("policy", POLICIES)
-        self._one_of("reward_baseline", REWARD_BASELINES)
-        self._one_of("reward_exclude", REWARD_EXCLUDES)
-        self._one_of("gt_weight", GT_WEIGHTS)
-        self._one_of("on_collapse", ("stop", "go-on"))
-        for name, least in (("samples", 1), ("beam_size", 1), ("neighbours", 0), ("samples_every", 0)):
-            self._at_least(name, least)
-        for name, usual in (("temperature", 1.0), ("discriminator_lr", 7e-5), ("reward_scale", 100.0)):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise bad("train", name, "be positive and finite", getattr(self, name), f"pass {name}={usual}")
-        if not 0 <= self.alpha <= 1:
-            raise bad("train", "alpha", "be in [0, 1]", self.alpha, "pass alpha=0.94, or 1 for no discriminator")
-        if self.reward_baseline == "similar" and not self.neighbours:
-            remedy = "pass neighbours=2, or another reward_baseline"
-            raise bad("train", "neighbours", "be at least 1 with reward baseline 'similar'", 0, remedy)
-        for name, value in (("samples", 1), ("temperature", 1.0)):
-            if self.policy == "beam" and getattr(self, name) != value:
-                raise bad("train", name, f"be {value} with policy 'beam'", getattr(self, name), "or pass policy='sample'")
-        for name in ("coverage", "scheduled_sampling"):
-            if getattr(self, name):
-                remedy = "leave it out: it belongs to the likelihood, with which the captioner was trained before"
-                raise bad("train", name, f"be 0 with objective {self.objective}", getattr(self, name), remedy)
-
-    def _at_least(self, name: str, least: int) -> None:
+    def at_least(self, name: str, least: int) -> None:
         if getattr(self, name) is not None and not getattr(self, name) >= least:
             raise bad("train", name, f"be at least {least}", getattr(self, name), f"pass {name}={least} or more")
+
+    def as_likelihood(self) -> TrainConfig:
+        """The run that the first `mle_steps` steps of this one are."""
+        usual = rl_settings.usual(self)
+        return dataclasses.replace(self, objective="mle", mle_steps=0, mle_lr=None, mle_warmup=None, **usual)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

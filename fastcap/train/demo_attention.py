@@ -11,7 +11,6 @@ Finished runs are kept: an interrupted demo goes on where it was.
 from __future__ import annotations
 
 import json
-import operator
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -29,11 +28,10 @@ from fastcap.errors import bad
 from fastcap.eval import diversity
 from fastcap.functional import attention_coverage
 
-from . import attention_pictures, checkpoint, demo_report, recipes
+from . import attention_pictures, demo_report
 from .captioner import Captioner
 from .config import TrainConfig
-from .demo import MARK, _fresh, _unless_interrupted
-from .loop import train
+from .demo_runs import Trend, finished, spread, trends, write_whole
 
 NUM_SCENES, DATA_SEED = 8000, 0
 SEEDS, STEPS, DRAWN = 3, 900, 3
@@ -64,26 +62,6 @@ EXPECTED = (
     ("batchmean hurts: more loss than soft", "val_ce", "coverage-batchmean", ">", "soft"),
     ("batchmean hurts: less R@1 than soft", "oracle_r1", "coverage-batchmean", "<", "soft"),
 )
-_COMPARE = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}
-
-
-@dataclass
-class Trend:
-    """One expectation, and what the numbers say: means over the seeds, and for each seed whether it holds."""
-
-    expected: str
-    score: str
-    mean: float
-    other_mean: float
-    holds: bool
-    holds_by_seed: list[bool]
-
-    @property
-    def verdict(self) -> str:
-        for_seeds = f"in {sum(self.holds_by_seed)} of {len(self.holds_by_seed)} seeds"
-        if self.holds:
-            return f"holds {for_seeds}" if all(self.holds_by_seed) else f"holds on average, {for_seeds}"
-        return f"DOES NOT HOLD on average, {for_seeds} it does" if any(self.holds_by_seed) else "DOES NOT HOLD, in no seed"
 
 
 @dataclass
@@ -131,7 +109,7 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
             precision="bf16", max_length=MAX_LENGTH, validate_every=0, checkpoint_every=0, **settings,
         )  # fmt: skip
         started = time.perf_counter()
-        found, fresh = _finished(config)
+        found, fresh = finished(config)
         reached = _scores(found, folder)
         scores[name].append(reached)
         if fresh:
@@ -140,7 +118,7 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
         demo_report.say(demo_report.attention_line(reached))
         demo_report.say(f"at most {minutes:.0f} minutes left" if fresh else "as an earlier demo left it")
 
-    made = AttentionResult(steps, seeds, scores, trends(scores), time.perf_counter() - began)
+    made = AttentionResult(steps, seeds, scores, trends(scores, EXPECTED), time.perf_counter() - began)
     demo_report.compare_attention(made, {name: label for name, (label, _) in VARIANTS.items()})
     _draw(out / "attention.png", {name: _run_folder(out, name, seeds[0]) for name in ("soft", "coverage")}, folder)
     numbers = {**asdict(made), "settings": {name: settings for name, (_, settings) in VARIANTS.items()}}
@@ -150,30 +128,19 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
     return made
 
 
-def trends(scores: dict[str, list[dict[str, float | None]]]) -> list[Trend]:
-    """`EXPECTED`, compared with the scores."""
-    found = []
-    for expected, score, variant, sign, other in EXPECTED:
-        pairs = [(a[score], b[score]) for a, b in zip(scores[variant], scores[other], strict=True)]
-        mean, other_mean = (statistics.mean(values) for values in zip(*pairs, strict=True))
-        holds = [_COMPARE[sign](a, b) for a, b in pairs]
-        found.append(Trend(expected, score, mean, other_mean, _COMPARE[sign](mean, other_mean), holds))
-    return found
-
-
-def write_thorough_scenes(folder: Path) -> int:
+def write_thorough_scenes(folder: Path, num_images: int | None = None) -> int:
     """The scenes of `write_scenes`, with captions that mention every object with all its attributes, and the background.
 
     The scenes' own captions say little, so that a caption of five words is over before attention has seen the picture.
     """
-    summary = data.write_scenes(folder, num_images=NUM_SCENES, seed=DATA_SEED)
+    summary = data.write_scenes(folder, num_images=num_images or NUM_SCENES, seed=DATA_SEED)
     document = json.loads(summary.json.read_text(encoding="utf-8"))
     rng = Random(f"fastcap thorough captions {DATA_SEED}")
     for image in document["images"]:
         for sentence in image["sentences"]:
             sentence["raw"] = _thorough_caption(rng, image["facts"])
             sentence["tokens"] = data.words(sentence["raw"])
-    _write_whole(summary.json, json.dumps(document))
+    write_whole(summary.json, json.dumps(document))
     return summary.images
 
 
@@ -194,19 +161,6 @@ def _thorough_caption(rng: Random, facts: dict) -> str:
 
 def _run_folder(out: Path, name: str, seed: int) -> Path:
     return out / f"{name}-{seed}"
-
-
-def _finished(config: TrainConfig) -> tuple[Path, bool]:
-    """The run's last checkpoint, and whether it was trained now: not where an earlier demo did the same run."""
-    out = Path(config.out)
-    last = checkpoint.last_of(out)
-    ours = last is not None and (out / MARK).is_file()
-    begun = ours and not recipes.complete(config).differences(checkpoint.read_config(last))
-    if begun and checkpoint.read(last)["step"] == config.steps:
-        return last, False
-    if not begun:
-        _fresh(out)
-    return _unless_interrupted(train(config, resume=begun)).checkpoint, True
 
 
 def _scores(found: Path, folder: Path) -> dict[str, float | None]:
@@ -239,7 +193,7 @@ def _scores(found: Path, folder: Path) -> dict[str, float | None]:
         **{name: facts[name] for name in ("oracle_r1", "fact_precision", "fact_recall")},
         "mean_length": diversity(said)["mean_length"],
     }
-    _write_whole(kept, json.dumps(scores))
+    write_whole(kept, json.dumps(scores))
     return scores
 
 
@@ -250,22 +204,10 @@ def _draw(path: Path, runs: dict[str, Path], folder: Path) -> None:
     test = data.KarpathyDataset(folder, split="test", image_size=size).images()
     of_two = [i for i in range(len(test)) if len(test.describe(i)["extras"]["facts"]["objects"]) == 2]
     rows = []
-    for i in _spread(len(of_two), DRAWN):
+    for i in spread(len(of_two), DRAWN):
         image = test[of_two[i]]["image"]
         for name, captioner in captioners.items():
             images = image.unsqueeze(0)
             (attended,) = captioner.attention(images, captioner.ids(images))
             rows.append(attention_pictures.row_of_image(image, attended, name, captioner.centres(images)))
     attention_pictures.draw(path, rows)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Or not at all: what is half written would stand in the way of going on."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def _spread(n: int, wanted: int) -> list[int]:
-    """`wanted` of n indices, evenly spread."""
-    return [i * n // min(n, wanted) for i in range(min(n, wanted))]

@@ -12,9 +12,7 @@ Finished runs are kept: an interrupted demo goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +21,16 @@ from typing import Any
 from fastcap import data
 from fastcap.errors import bad
 
-from . import checkpoint, demo_distinctive_report, demo_report, recipes
+from . import checkpoint, demo_distinctive_report, demo_report
 from .config import TrainConfig
-from .demo import MARK, _fresh, _unless_interrupted
 from .demo import _scores as _word_scores
-from .demo_attention import _COMPARE, Trend, _write_whole
+from .demo_runs import Expected, Pace, Trend, digest, trends, write_whole
 from .evaluate import evaluate
-from .loop import train
 
 NUM_SCENES, DATA_SEED, SEEDS = 8000, 0, {"scenes": 3, "emoji": 1}
 TESTED = 400  # pictures of the test split, the first: hard negatives stand together, and stay together
 _SCORES = "demo_scores.json"
+_MEASURED = ("retrieval", "clip_score", "facts", "diversity")
 Settings = dict[str, Any]
 
 
@@ -49,7 +46,7 @@ class Plan:
     base: Settings
     rl: Settings
     variants: dict[str, tuple[str, Settings]]  # name -> (what the table calls it, settings of its runs)
-    expected: tuple[tuple[str, str, str, str, str], ...]  # (expectation, score, variant, how it compares, with which)
+    expected: tuple[Expected, ...]
     once: tuple[str, ...] = ()  # variants that are trained from the first seed only
 
     def scaled(self, scale: float) -> dict[str, int]:
@@ -161,7 +158,7 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
     demo_distinctive_report.introduce(dataset, plan, steps, seeds)
 
     runs_of = {each: [name for name in plan.variants if each == seed or name not in plan.once] for each in seeds}
-    pace = _Pace({"clip": 2 * len(seeds), "base": len(seeds), "rl": sum(map(len, runs_of.values()))})
+    pace = Pace({"clip": 2 * len(seeds), "base": len(seeds), "rl": sum(map(len, runs_of.values()))})
     labels = {MLE: _BEFORE, **demo_distinctive_report.labels_of(plan, seeds)}
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in labels}
     for each in seeds:
@@ -173,8 +170,8 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
     settings = {name: settings for name, (_, settings) in plan.variants.items()}
     numbers = {**asdict(made), "settings": settings}
     numbers["trends"] = [{**asdict(trend), "verdict": trend.verdict} for trend in made.trends]
-    _write_whole(out / "distinctive.json", json.dumps(numbers, indent=1))
-    _write_whole(out / "distinctive.md", demo_distinctive_report.markdown(made, labels))
+    write_whole(out / "distinctive.json", json.dumps(numbers, indent=1))
+    write_whole(out / "distinctive.md", demo_distinctive_report.markdown(made, labels))
     drawn = demo_distinctive_report.drawn(labels)
     told = {name: _kept(checkpoint.find(out / f"{name}-{seeds[0]}"))["per_image"] for name in drawn}
     demo_distinctive_report.draw(out / "distinctive.png", folders.judge, out / f"judge-{seeds[0]}", drawn, told)
@@ -184,7 +181,7 @@ def run(out: str | Path = "build/demo", *, seed: int = 0, scale: float = 1.0, da
 
 
 def _of_seed(
-    plan: Plan, steps: dict[str, int], folders: _Folders, out: Path, seed: int, names: list[str], pace: _Pace
+    plan: Plan, steps: dict[str, int], folders: _Folders, out: Path, seed: int, names: list[str], pace: Pace
 ) -> dict[str, dict[str, float]]:
     """The scores of everything that is trained from one seed."""
 
@@ -207,75 +204,18 @@ def _of_seed(
     return scores
 
 
-def trends(scores: dict[str, list[dict[str, float]]], expected: tuple[tuple[str, str, str, str, str], ...]) -> list[Trend]:
-    """What was expected, compared with the scores."""
-    found = []
-    for expectation, score, variant, sign, other in expected:
-        pairs = [(a[score], b[score]) for a, b in zip(scores[variant], scores[other], strict=True)]
-        mean, other_mean = (statistics.mean(values) for values in zip(*pairs, strict=True))
-        holds = [_COMPARE[sign](a, b) for a, b in pairs]
-        found.append(Trend(expectation, score, mean, other_mean, _COMPARE[sign](mean, other_mean), holds))
-    return found
-
-
-class _Pace:
-    """Makes runs, and says before each how many there are and how long they may take."""
-
-    def __init__(self, runs: dict[str, int]) -> None:
-        self._left, self._all = dict(runs), sum(runs.values())
-        self._took: dict[str, list[float]] = {kind: [] for kind in runs}
-
-    def made(self, kind: str, title: str, config: TrainConfig) -> Path:
-        """The last checkpoint of the run, trained now unless an earlier demo did."""
-        number = self._all - sum(self._left.values()) + 1
-        demo_report.title(f"{number} of {self._all}: {title}, {config.steps} steps")
-        started = time.perf_counter()
-        found, fresh = _finished(config)
-        self._left[kind] -= 1
-        if fresh:
-            self._took[kind].append(time.perf_counter() - started)
-        known = all(self._took[kind] for kind, left in self._left.items() if left)
-        minutes = sum(statistics.mean(self._took[kind]) * left for kind, left in self._left.items() if left and known) / 60
-        left = f"; about {minutes:.0f} minutes left" if known and minutes else ""
-        demo_report.say(f"{self._took[kind][-1]:.0f} s{left}" if fresh else "as an earlier demo left it")
-        return found
-
-
-def _finished(config: TrainConfig) -> tuple[Path, bool]:
-    """The run's last checkpoint, and whether it was trained now: not where an earlier demo did the same run, from the same
-    weights and with the same reward."""
-    out = Path(config.out)
-    if config.init_from:
-        complete = recipes.complete(config.with_model_of(checkpoint.read_config(checkpoint.find(config.init_from))))
-    else:
-        complete = recipes.complete(config)
-    made_of = "".join(_digest(source) for source in (config.init_from, config.reward_clip) if source)
-    last = checkpoint.last_of(out)
-    ours = last is not None and (out / MARK).is_file() and (out / MARK).read_text() == made_of
-    begun = ours and not complete.differences(checkpoint.read_config(last))
-    if begun and checkpoint.read(last)["step"] == config.steps:
-        return last, False
-    if not begun:
-        (_fresh(out) / MARK).write_text(made_of)
-    return _unless_interrupted(train(config, resume=begun)).checkpoint, True
-
-
-def _digest(source: str) -> str:
-    """Of the weights of a checkpoint."""
-    return hashlib.sha256((checkpoint.find(source) / "model.safetensors").read_bytes()).hexdigest()
-
-
 def _told(found: Path, judge: Path, folder: Path) -> dict[str, float]:
     """What a checkpoint says of the test pictures, scored; and said. Kept beside the checkpoint."""
-    judged_by, told = _digest(str(judge)), _kept(found)
+    judged_by, told = digest(str(judge)), _kept(found)
     if told.get("judge") != judged_by:
-        (row,) = evaluate(folder, [found], clip=str(judge), per_image=True, progress=False).document["rows"]
+        options = {"metrics": _MEASURED, "bootstrap": 0, "per_image": True, "progress": False}
+        (row,) = evaluate(folder, [found], clip=str(judge), **options).document["rows"]
         told = {"judge": judged_by, "scores": row["scores"], "per_image": row["per_image"]}
         if "fact_precision" not in told["scores"]:
             view = data.KarpathyDataset(folder, split="test").images()
             said, items = [one["caption"] for one in told["per_image"]], [view.describe(i) for i in range(len(view))]
             told["scores"]["word_precision"] = _word_scores("emoji", said, items)["word_precision"]
-        _write_whole(found / _SCORES, json.dumps(told))
+        write_whole(found / _SCORES, json.dumps(told))
     demo_report.say(demo_distinctive_report.line(told["scores"]))
     return told["scores"]
 
@@ -309,5 +249,5 @@ def _write_data(out: Path, dataset: str) -> _Folders:
         halves = [[image for image in trained if order[image["group"]] % 2 == half] for half in (0, 1)]
     for folder, half in zip((folders.clip, folders.judge), halves, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / summary.json.name, json.dumps({"dataset": dataset, "images": [*half, *tested]}))
+        write_whole(folder / summary.json.name, json.dumps({"dataset": dataset, "images": [*half, *tested]}))
     return folders

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastcap import data
 from fastcap.data.batching import stack_images
 
-from . import demo_report, embedders
+from . import demo_report, demo_tables, embedders
 from .attention_pictures import DPI
+from .demo_figures import LINE, facts_true, picture, wrapped, write
 
 if TYPE_CHECKING:
     from .demo_distinctive import DistinctiveResult, Plan
@@ -48,7 +46,7 @@ _NOTE = (
 _KNOWN = " Precision, recall and oracle R@1: by what is known of the scenes."
 DRAWN, NEAREST = 5, 4
 _COLOURS = {"mle": "0.45", "smile": "tab:blue", "one-way": "tab:blue", "two-way": "tab:red"}  # the runs that are drawn
-_TILE, _SMALL, _TEXT, _GAP, _EDGE, _HEAD, _HIGH = 1.55, 0.98, 4.6, 0.09, 0.12, 0.3, 0.168  # inches; _HIGH is a line's
+_TILE, _SMALL, _TEXT, _GAP, _EDGE, _HEAD = 1.55, 0.98, 4.6, 0.09, 0.12, 0.3  # inches
 _LETTERS = 62  # of a line of a caption
 
 
@@ -69,33 +67,15 @@ def labels_of(plan: Plan, seeds: list[int]) -> dict[str, str]:
 
 def line(scores: dict[str, float]) -> str:
     """The most telling scores of one run."""
-    return ", ".join(f"{_COLUMNS[key][0]} {_COLUMNS[key][1].format(scores[key])}" for key in _LINE if key in scores)
+    return demo_tables.line({key: _COLUMNS[key] for key in _LINE}, scores)
 
 
 def compare(made: DistinctiveResult, labels: dict[str, str]) -> None:
     """For each run the mean over the seeds, and each seed; then the trends, held or not."""
     for title, wanted in ((_title(made), _SAID), ("Retrieval and CLIPScore, by the CLIP that judges", _FOUND)):
-        columns = _measured(made, wanted)
-        table = Table(title=title, title_justify="left")
-        table.add_column("", no_wrap=True)
-        for label, _ in columns.values():
-            table.add_column(label.replace(" ", "\n", 1), justify="right")
-        for name, label in labels.items():
-            of_seeds = made.scores[name]
-            shown = [(label, {key: statistics.mean(scores[key] for scores in of_seeds) for key in columns}, "bold")]
-            if len(of_seeds) > 1:
-                shown += [(f"  seed {seed}", scores, "dim") for seed, scores in zip(made.seeds, of_seeds, strict=False)]
-            for row, scores, style in shown:
-                table.add_row(row, *(form.format(scores[key]) for key, (_, form) in columns.items()), style=style)
-            table.add_section()
-        demo_report.say("")
-        demo_report._console.print(table)
+        demo_tables.show_scores(title, wanted, labels, made.scores, made.seeds)
     demo_report.say(_note(made))
-    table = Table(title="Expected, and what these runs show", title_justify="left", show_header=False)
-    for trend in made.trends:
-        table.add_row(trend.expected, _against(trend), trend.verdict)
-    demo_report.say("")
-    demo_report._console.print(table)
+    demo_tables.show_trends(made.trends, _COLUMNS)
     demo_report.say(f"{made.seconds:.0f} s in all.")
 
 
@@ -103,15 +83,8 @@ def markdown(made: DistinctiveResult, labels: dict[str, str]) -> str:
     """The same as `compare` prints, for a document: means, and in brackets each seed."""
     parts = [f"{_title(made)}. {_note(made)}"]
     for corner, wanted in (("captions", _SAID), ("retrieval", _FOUND)):
-        columns = _measured(made, wanted)
-        lines = [[corner, *(label for label, _ in columns.values())], ["---"] * (1 + len(columns))]
-        for name, label in labels.items():
-            lines.append([label, *(_cell([scores[key] for scores in made.scores[name]], form)
-                                   for key, (_, form) in columns.items())])  # fmt: skip
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    lines = [["expected", "mean, against", "found"], ["---"] * 3]
-    lines += [[trend.expected, _against(trend), trend.verdict] for trend in made.trends]
-    parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        parts.append(demo_tables.markdown_scores(corner, wanted, labels, made.scores))
+    parts.append(demo_tables.markdown_trends(made.trends, _COLUMNS))
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,22 +95,6 @@ def _title(made: DistinctiveResult) -> str:
 
 def _note(made: DistinctiveResult) -> str:
     return _NOTE + (_KNOWN if made.dataset == "scenes" else "")
-
-
-def _measured(made: DistinctiveResult, columns: dict[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """The columns that there are numbers for: emoji have no facts."""
-    every = [scores for of_seeds in made.scores.values() for scores in of_seeds]
-    return {key: column for key, column in columns.items() if all(key in scores for scores in every)}
-
-
-def _cell(values: list[float], form: str) -> str:
-    each = f" ({', '.join(map(form.format, values))})" if len(values) > 1 else ""
-    return form.format(statistics.mean(values)) + each
-
-
-def _against(trend: Any) -> str:
-    form = _COLUMNS[trend.score][1]
-    return f"{form.format(trend.mean)} against {form.format(trend.other_mean)}"
 
 
 def drawn(labels: dict[str, str]) -> dict[str, str]:
@@ -174,45 +131,31 @@ def figure(
     from matplotlib.figure import Figure
 
     width = 2 * _EDGE + _TILE + _TEXT + NEAREST * (_SMALL + _GAP) + 2 * _GAP
-    tall = [max(_TILE, sum(_HIGH * (1 + len(_wrapped(told[name][i]["caption"]))) + 0.05 for name in labels)) for i in rows]
+    lines = [[1 + len(wrapped(told[name][i]["caption"], _LETTERS)) for name in labels] for i in rows]
+    tall = [max(_TILE, sum(LINE * count + 0.05 for count in counts)) for counts in lines]
     height = 2 * _EDGE + 2 * _HEAD + sum(tall) + 2 * _GAP * len(rows)
     made = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     middle = _EDGE + _TILE + 2 * _GAP  # where the captions begin
     right = middle + _TEXT + _GAP  # and the neighbours
     for x, head in ((_EDGE, "picture"), (middle, "what is said of it"), (right, "what it is to be told from")):
-        _write(made, x, _EDGE + 0.05, head, fontsize=10, color="0.4", style="italic")
+        write(made, x, _EDGE + 0.05, head, fontsize=10, color="0.4", style="italic")
     for place, i in enumerate(rows):
         top = _EDGE + _HEAD + sum(tall[:place]) + 2 * _GAP * place
-        _picture(made, items[i]["image"], _EDGE, top, _TILE)
+        picture(made, items[i]["image"], _EDGE, top, _TILE)
         captions = {name: told[name][i] for name in labels}
         _captions(made, captions, labels, items[i]["extras"].get("facts"), len(items), middle, top)
         fits = text[:, place] @ image.T
         near = (image @ image[i]).index_fill(0, torch.tensor(i), -2).topk(min(NEAREST, len(items) - 1)).indices
         for k, other in enumerate(near.tolist()):
             x = right + k * (_SMALL + _GAP)
-            _picture(made, items[other]["image"], x, top, _SMALL)
+            picture(made, items[other]["image"], x, top, _SMALL)
             better = [name for name, fit in zip(captions, fits, strict=True) if fit[other] > fit[i]]
             for j, name in enumerate(better):
                 at = x + _SMALL / 2 + (j - (len(better) - 1) / 2) * 0.17
-                _write(made, at, top + _SMALL + 0.06, "\N{BLACK CIRCLE}", color=_COLOURS[name], fontsize=9, ha="center")
+                write(made, at, top + _SMALL + 0.06, "\N{BLACK CIRCLE}", color=_COLOURS[name], fontsize=9, ha="center")
     key = "A dot: the caption of that colour fits the picture above it better than its own."
-    _write(made, width - _EDGE, height - _EDGE - 0.2, key, fontsize=8.5, color="0.5", ha="right")
+    write(made, width - _EDGE, height - _EDGE - 0.2, key, fontsize=8.5, color="0.5", ha="right")
     return made
-
-
-def _write(figure: Any, x: float, y: float, text: str, **style: Any) -> None:
-    """Text whose upper left corner lies so many inches from the figure's."""
-    width, height = figure.get_size_inches()
-    figure.text(x / width, 1 - y / height, text, va="top", parse_math=False, **style)
-
-
-def _picture(figure: Any, image: torch.Tensor, x: float, top: float, side: float) -> None:
-    """The picture with its left and upper edges so many inches from the figure's."""
-    width, height = figure.get_size_inches()
-    axes = figure.add_axes((x / width, 1 - (top + side) / height, side / width, side / height))
-    axes.imshow((image.permute(1, 2, 0).numpy() * 0.5 + 0.5).clip(0, 1), interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set(color="0.8", linewidth=0.8)
 
 
 def _captions(
@@ -221,16 +164,10 @@ def _captions(
     for name, one in captions.items():
         told = f"rank {one['t2i_rank']:g} of {pictures}"
         if facts is not None:
-            scores = data.score_captions([one["caption"]], [facts])
-            claims = round(scores["facts_per_caption"])
-            told += f", {round(scores['fact_precision'] * claims)} of {claims} facts true"
-        _write(figure, x, y, labels[name], fontsize=8.5, color=_COLOURS[name], weight="bold")
-        _write(figure, x + _TEXT - 0.15, y, told, fontsize=8.5, color="0.5", ha="right")
-        for part in _wrapped(one["caption"]):
-            y += _HIGH
-            _write(figure, x, y, part, fontsize=10, color="black")
-        y += _HIGH + 0.05
-
-
-def _wrapped(caption: str) -> list[str]:
-    return textwrap.wrap(caption, _LETTERS) or ["(nothing)"]
+            told += f", {facts_true(one['caption'], facts)}"
+        write(figure, x, y, labels[name], fontsize=8.5, color=_COLOURS[name], weight="bold")
+        write(figure, x + _TEXT - 0.15, y, told, fontsize=8.5, color="0.5", ha="right")
+        for part in wrapped(one["caption"], _LETTERS):
+            y += LINE
+            write(figure, x, y, part, fontsize=10, color="black")
+        y += LINE + 0.05

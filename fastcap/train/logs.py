@@ -11,7 +11,7 @@ from typing import Any
 
 Record = dict[str, Any]
 """One step: step, epoch, loss, lr, grad_norm, images_per_s, seconds; with the terms of attention coverage, entropy and
-baseline; by reinforcement the parts of the reward (docs/recipes/distinctive.md); after a validation also val_loss, val_mle
+baseline; by reward its parts (docs/recipes/distinctive.md and self-critical.md); after a validation also val_loss, val_mle
 and val_reward."""
 
 
@@ -114,8 +114,16 @@ class Progress:
             self._bar.stop()
 
 
+_REWARDS = {
+    "reward_similarity": "similarity",
+    "reward_cider_d": "CIDEr-D",
+    "reward_bleu_4": "BLEU-4",
+    "reward_gt": "own captions",
+}
+
+
 def _parts_of_reward(record: Record) -> str:
-    parts = f"similarity {record['reward_similarity']:.3f}, own captions {record['reward_gt']:.3f}"
+    parts = ", ".join(f"{told} {record[name]:.3f}" for name, told in _REWARDS.items() if name in record)
     if "disc_accuracy" in record:
         parts += f", discriminator {record['disc_accuracy']:.0%} right"
     if record.get("texts_cut"):

@@ -1,8 +1,8 @@
 """The training loop: one object, `Trainer`, and `train`, which makes and runs one.
 
 A run is a function of its configuration and its data: step s trains on batch s of a permutation that depends on the
-seed and the epoch alone, its learning rate depends on s alone, and a checkpoint keeps every random generator. So a run
-that is interrupted and resumed ends, on the CPU, with the same weights bit for bit as one that is not.
+seed and the epoch alone, its learning rate and objective depend on s alone, and a checkpoint keeps every random
+generator. So a run that is interrupted and resumed ends, on the CPU, with the same weights bit for bit as one that is not.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Trainer:
         elif loss_fn is None:
             self._read = self.model.hidden_states
             self._loss = self._mle = make_loss(config, self.model.head)
-            if config.objective not in ("mle", *REINFORCED) or config.label_smoothing:
+            if config.objective not in REINFORCED and (config.objective != "mle" or config.label_smoothing):
                 self._mle = make_loss(replace(config, objective="mle", label_smoothing=0.0), self.model.head)
         else:
             self._read = lambda *inputs: self.model(*inputs)[0]
@@ -164,8 +164,8 @@ class Trainer:
                     self._last.update(record)
                     for log in logs:
                         log.write(record)
-                    if samples is not None and self._due(config.samples_every):
-                        samples.write(self._training.samples())
+                    if samples is not None and self._due(config.samples_every) and (shown := self._training.samples()):
+                        samples.write(shown)
                     for callback in self._callbacks:
                         callback(self, record)
                     if self._stopped or self._due(config.checkpoint_every) or self.step == config.steps:
@@ -192,7 +192,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """The objective (`val_loss`) and cross-entropy (`val_mle`) per token of the validation batches.
 
-        By reinforcement both are the cross-entropy, and `val_reward` is the mean reward of an image's greedy caption.
+        By reward both are the cross-entropy, and `val_reward` is the mean reward of an image's greedy caption: by wtf-rl the
+        two-way similarity, by the others CIDEr-D.
         """
         self.model.eval()
         if self.config.model == "clip":
@@ -238,8 +239,7 @@ class Trainer:
         checkpoint.load_optimizer(last, self.model, self.optimizer)
         self._scaler.load_state_dict(state["scaler"])
         if self._reinforced:
-            with_discriminator = self.config.alpha < 1
-            tensors = checkpoint.load_tensors(last, "discriminator") if with_discriminator else {}
+            tensors = checkpoint.load_tensors(last, "discriminator") if self._training.keeps_tensors else {}
             self._training.load(state.get("reinforced", {}), tensors)
         self.step, self._seconds, self._last, self._saved = state["step"], state["seconds"], state["last"], last
         checkpoint.set_random_state(state["random"])
@@ -257,6 +257,8 @@ class Trainer:
     def _train_step(self, epoch: int, batch: dict[str, Tensor]) -> Record:
         config = self.config
         self.model.train()
+        if config.mle_steps and self.step == config.mle_steps:
+            self.optimizer.state.clear()  # the likelihood's moments: `lr` means here what it means in a run of its own
         lr = setup.learning_rate(config, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -291,26 +293,20 @@ class Trainer:
                 raise bad("train", f"{name} of step {self.step + 1}", "be finite", values[name], remedy)
 
     def _make_training(self, loss_fn: LossFunction | None, embedder: Any | None, last: Path | None) -> Any:
-        """What the steps minimise: `TrainingLoss`, or by reinforcement `ReinforcedLoss`."""
+        """What the steps minimise: `TrainingLoss`, or what `rl_warmup.make` makes of an objective by reward."""
         config, self._reinforced = self.config, self.config.objective in REINFORCED
         if config.model == "clip":
             return clip_loss.ClipLoss(config, self.model, self.device, self._autocast)
         if not self._reinforced:
             if embedder is not None:
-                remedy = "or pass objective='wtf-rl'"
+                remedy = "or pass objective='wtf-rl', or scst with rewards='similarity'"
                 raise bad("train", "embedder", f"be left out with objective {config.objective}", embedder, remedy)
             return TrainingLoss(config, self.model, loss_fn)
-        from . import rl
+        from . import rl_warmup
 
-        rl.check(config, self.model, embedder, loss_fn)
-        if embedder is None:
-            from . import embedders
-
-            embedder = embedders.load(config.reward_clip, self.device)
-        if last is not None:  # before it embeds all pictures
-            rl.check_resumed(checkpoint.read(last).get("reinforced", {}), embedder, config.reward_clip)
-        given = (embedder, self._pairs, self.out, self.device, self._autocast, self._note)
-        return rl.ReinforcedLoss(config, self.model, self.tokenizer, *given)
+        kept = None if last is None else checkpoint.read(last).get("reinforced", {})
+        given = ((self._pairs, self._validation), self.out, self.device, self._autocast, self._note)
+        return rl_warmup.make(config, self.model, self.tokenizer, embedder, loss_fn, kept, *given)
 
     def _note(self, text: str) -> None:
         """What is said before the progress begins."""
@@ -344,6 +340,9 @@ class Trainer:
         cut = sum(len(ids) > longest for ids in self.tokenizer.encode_batch(self._pairs.captions()))
         if cut:
             self._progress.note(f"cut {cut} captions after {longest} tokens (--max-length)")
+        attributes = setup.attribute_note(config, self._pairs, self.tokenizer, self.model)
+        if attributes:
+            self._progress.note(attributes)
         skipped = self._pairs.skipped
         if skipped:
             path, reason = skipped[0]

@@ -7,14 +7,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastcap.data import Attributed
 from fastcap.errors import bad
 from fastcap.functional import linear_subset_cross_entropy
+from fastcap.models import Glied
 from fastcap.objectives import OBJECTIVES, REINFORCED
 
-from .attention_terms import coverage_penalty, hard_attention_loss, update_baseline
+from .attention_terms import coverage_penalty, coverage_penalty_of_heads, hard_attention_loss, update_baseline
 from .config import TrainConfig
 
 IGNORE = -100
+ATTRIBUTE_WEIGHT = 0.1  # of the cross-entropy of attribute words, added up over them: some twelve nats at first
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, T, V], target [B, T] with -100 where there is no word) -> the mean over valid tokens, a scalar."""
@@ -63,8 +66,8 @@ class TrainingLoss:
 
     def __init__(self, config: TrainConfig, model: nn.Module, loss_fn: LossFunction | None) -> None:
         self._config, self._model, self._loss_fn = config, model, loss_fn
-        self._attends = hasattr(model, "teacher_forced")
-        self._hard = self._attends and model.config.attention == "hard"
+        self._attends, self._heads = hasattr(model, "teacher_forced"), isinstance(model, Glied)
+        self._hard = getattr(model.config, "attention", None) == "hard"
         if self._hard and loss_fn is not None:
             remedy = "train with attention='soft', or with one of the objectives"
             rule = "be left out with hard attention, which needs the loss of each token"
@@ -77,7 +80,7 @@ class TrainingLoss:
         self._tokens, self._captions = int((target != IGNORE).sum()), len(target)
         self._locations = None
         if self._config.coverage:
-            mask = self._model.encoder.mask(images)
+            mask = self._model.encoder.mask(images.images if isinstance(images, Attributed) else images)
             self._locations = None if mask is None else mask.sum().clamp(min=1)
         self._sums: dict[str, Tensor] = {}
 
@@ -97,14 +100,18 @@ class TrainingLoss:
             loss = objective(decoded.hidden, target) * (tokens / self._tokens)
             self._add("loss", loss)
         if self._config.coverage:
-            penalty = self._coverage(images, decoded.alphas, lengths)
+            penalty = self._coverage(images, decoded, lengths)
             self._add("coverage", penalty)
             loss = loss + self._config.coverage * penalty
+        if self._heads and decoded.absent is not None:
+            attributes = self._model.predictor.loss(decoded.absent, target).sum() / self._captions
+            self._add("attributes", attributes)
+            loss = loss + ATTRIBUTE_WEIGHT * attributes
         return loss
 
     def values(self) -> dict[str, float]:
-        """What the parts so far added up to: `loss`, the objective alone, and where they are `coverage`, not weighted, and
-        `entropy`, in nats a token."""
+        """What the parts so far added up to: `loss`, the objective alone, and where they are `coverage`, not weighted,
+        `attributes`, the cross-entropy of a caption's attribute words, not weighted, and `entropy`, in nats a token."""
         return {name: value.item() for name, value in self._sums.items()}
 
     def end(self) -> dict[str, float]:
@@ -117,16 +124,22 @@ class TrainingLoss:
     def _decode(self, images: Tensor, inputs: Tensor, lengths: Tensor) -> Any:
         """`Decoded`; with a loss of one's own, logits are in place of the hidden states."""
         options = {"scheduled_sampling": self._config.scheduled_sampling} if self._config.scheduled_sampling else {}
+        if self._heads:
+            read = self._model.teacher_forced(images, inputs, lengths)
+            return read if self._loss_fn is None else read._replace(hidden=self._model.head(read.hidden))
         if self._loss_fn is not None:
             return _Read(*self._model(images, inputs, lengths, **options))
         if self._attends:
             return self._model.teacher_forced(images, inputs, lengths, **options)
         return _Read(self._model.hidden_states(images, inputs, lengths), None)
 
-    def _coverage(self, images: Tensor, alphas: Tensor, lengths: Tensor) -> Tensor:
-        config, mask = self._config, self._model.encoder.mask(images)
-        options = {"target": config.coverage_target, "reduction": config.coverage_reduction}
-        return coverage_penalty(alphas, lengths, mask, captions=self._captions, locations=self._locations, **options)
+    def _coverage(self, images: Tensor, decoded: Any, lengths: Tensor) -> Tensor:
+        config = self._config
+        options = {"captions": self._captions, "locations": self._locations}
+        options |= {"target": config.coverage_target, "reduction": config.coverage_reduction}
+        if self._heads:
+            return coverage_penalty_of_heads(decoded.query, decoded.key, lengths, decoded.mask, **options)
+        return coverage_penalty(decoded.alphas, lengths, self._model.encoder.mask(images), **options)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.detach()

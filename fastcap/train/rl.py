@@ -27,12 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcap.data import Attributed
 from fastcap.errors import bad
 from fastcap.functional import linear_subset_cross_entropy
+from fastcap.rewards import parse_rewards
 
 from .config import TrainConfig
 from .rl_guards import Collapse, check_finite
-from .rl_policy import Policy, Sequences, joined, without_dropout
+from .rl_policy import Policy, Sequences, hidden_states, joined, without_dropout
 from .rl_rewards import Rewarder, Rewards
 
 _SHOWN = 4  # captions of a line in samples.jsonl
@@ -40,17 +42,29 @@ _SHOWN = 4  # captions of a line in samples.jsonl
 
 def check(config: TrainConfig, model: nn.Module, embedder: Any, loss_fn: Any) -> None:
     """Raises for what does not combine with reinforcement."""
-    if embedder is None and not config.reward_clip:
+    if needs_clip(config) and embedder is None and not config.reward_clip:
         remedy = "pass --reward-clip RUN of fastcap train --model clip, or the folder or hub name of a transformers CLIP"
-        raise bad("train", "reward_clip", f"be given with objective {config.objective}", None, remedy)
-    if not config.init_from and config.pretrained in (None, "none"):
-        remedy = "train a captioner with --objective mle first, and pass its run: a random one has no captions to improve"
+        what = f"objective {config.objective}" if config.objective == "wtf-rl" else f"rewards {config.rewards!r}"
+        raise bad("train", "reward_clip", f"be given with {what}", None, remedy)
+    if embedder is not None and not needs_clip(config):
+        remedy = "or give similarity a weight, such as rewards='cider-d=1,similarity=0.2'"
+        raise bad("train", "embedder", f"be left out with rewards {config.rewards!r}", embedder, remedy)
+    if not config.init_from and config.pretrained in (None, "none") and not config.mle_steps:
+        remedy = (
+            "train a captioner with --objective mle first and pass its run, or begin with steps by likelihood, "
+            "--mle-steps 2000: a random one has no captions to improve"
+        )
         raise bad("train", "init_from", f"be given with objective {config.objective}", None, remedy)
     if loss_fn is not None:
         raise bad("train", "loss_fn", f"be left out with objective {config.objective}", loss_fn, "leave one of them out")
     if getattr(getattr(model, "config", None), "attention", None) == "hard":
         remedy = "start from a captioner with soft attention: hard attention's locations need an estimator of their own"
         raise bad("train", "attention", f"be soft or mean with objective {config.objective}", "hard", remedy)
+
+
+def needs_clip(config: TrainConfig) -> bool:
+    """Whether the objective looks at pictures and captions with a CLIP."""
+    return config.objective == "wtf-rl" or "similarity" in parse_rewards(config.rewards, "train")
 
 
 def check_resumed(kept: dict[str, Any], embedder: Any, reward_clip: str | None) -> None:
@@ -81,6 +95,11 @@ class ReinforcedLoss:
         self._rewarder = Rewarder(config, embedder, pairs.records, out / "reward", device, note)
         self._collapse = Collapse()
 
+    @property
+    def keeps_tensors(self) -> bool:
+        """Whether a checkpoint has tensors of it: the discriminator's."""
+        return self._rewarder.adversary is not None
+
     def begin(self, images: Tensor, batch: dict[str, Any], step: int) -> None:
         """Draws captions of the batch's images, rewards them and the batch's own, and teaches the discriminator.
 
@@ -107,14 +126,15 @@ class ReinforcedLoss:
         first, n = self._first, self._n
         self._first = last = first + len(images)
         drawn = slice(first * n, last * n)
-        parts, of, weights = [self._sequences.rows(drawn)], [images.repeat_interleave(n, 0)], [self._drawn[drawn]]
+        of = [torch.arange(len(images)).repeat_interleave(n)]
+        parts, weights = [self._sequences.rows(drawn)], [self._drawn[drawn]]
         kept = self._own[first:last].nonzero().flatten()  # a caption of weight 0 changes nothing
         if len(kept):
             parts.append(Sequences(inputs, target, lengths).rows(kept))
-            of.append(images[kept.to(images.device)])
+            of.append(kept)
             weights.append(self._own[first:last][kept])
         read, weight = joined(parts, self._pad), torch.cat(weights).to(self._device)
-        hidden = self._model.hidden_states(torch.cat(of), read.inputs, read.lengths)
+        hidden = hidden_states(self._model, images, torch.cat(of), read)
         loss = reinforce(hidden, self._model.head, read.target, weight, int(self._config.memory_budget * 2**20))
         self._loss = self._loss + loss.detach()
         return loss
@@ -137,7 +157,8 @@ class ReinforcedLoss:
             return None
         with self._autocast():
             greedy = self._policy.texts(self._policy.greedy(images))
-        return self._rewarder.of_validation(batch["imgids"], images, greedy, list(batch["captions"]))
+        pictures = images.images if isinstance(images, Attributed) else images
+        return self._rewarder.of_validation(batch["imgids"], pictures, greedy, list(batch["captions"]))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a checkpoint keeps beside the model: plain values, and tensors by name."""

@@ -8,7 +8,10 @@ A model serves if it has
     hidden        = model.hidden_states(images, inputs, lengths)   [B, T, H], with gradients
     model.head                                                  a linear layer: hidden -> logits
 
-so Show, Attend and Tell, Show and Tell, and BLIP do, and a new model does when it is added to `fastcap.models`.
+so Show, Attend and Tell, Show and Tell, and BLIP do, and a new model does when it is added to `fastcap.models`. Where
+`hidden_states` also takes `rows`, the image of each caption, a picture with several captions is encoded once.
+
+The pad, the start and the unknown word are never drawn, but log p has them: what the model gives them is no caption's.
 
 Dropout is off in both passes. The words are drawn from a policy, and REINFORCE needs the gradient of that policy's log p:
 with dropout in the second pass alone, a reward that is the same for all captions would not cancel, and where it is negative
@@ -19,6 +22,7 @@ of 1 the captions are the policy's own, and the estimate has no bias; at another
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +58,8 @@ class Policy:
     def __init__(self, model: nn.Module, tokenizer: Any, config: TrainConfig) -> None:
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._ids = {"start_id": tokenizer.start_id, "end_id": tokenizer.end_id, "max_length": config.max_length + 1}
-        self._ids["forbidden"] = (tokenizer.pad_id, tokenizer.start_id)
+        unknown = getattr(tokenizer, "unk_id", None)
+        self._ids["forbidden"] = (tokenizer.pad_id, tokenizer.start_id, *([] if unknown is None else [unknown]))
 
     def captions(self, images: Tensor, step: int, greedy: bool) -> tuple[models.Captions, models.Captions | None]:
         """(`samples` captions of each of B images, one after the other; the greedy ones if asked for).
@@ -88,6 +93,17 @@ class Policy:
         start = torch.full_like(words[:, :1], self._tokenizer.start_id)
         inputs = torch.cat((start, words[:, :-1]), dim=1).masked_fill(place > said.unsqueeze(1), self._tokenizer.pad_id)
         return Sequences(inputs, target, lengths.cpu())
+
+
+def hidden_states(model: nn.Module, images: Tensor, rows: Tensor, captions: Sequences) -> Tensor:
+    """[N, T, H] of N captions, caption n of image `rows[n]`; `rows` [N] int64 lies on the CPU."""
+    inputs, lengths = captions.inputs, captions.lengths
+    if torch.equal(rows, torch.arange(len(images))):
+        return model.hidden_states(images, inputs, lengths)
+    rows = rows.to(images.device)
+    if "rows" in inspect.signature(model.hidden_states).parameters:
+        return model.hidden_states(images, inputs, lengths, rows=rows)
+    return model.hidden_states(images[rows], inputs, lengths)
 
 
 def generator(seed: int, step: int) -> torch.Generator:

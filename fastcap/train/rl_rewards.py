@@ -44,10 +44,7 @@ class Rewarder:
         self, config: TrainConfig, embedder: Any, records: Sequence[dict], folder: Path, device: torch.device,
         note: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._row_of = {record["imgid"]: row for row, record in enumerate(records)}
-        if len(self._row_of) < len(records):
-            got = f"{len(self._row_of)} imgids for {len(records)} pictures"
-            raise bad("train", "data", "give each picture an imgid of its own", got, "number them in the dataset's JSON")
+        self._row_of = row_of_each(records)
         self._alpha, self._embedder, self._device = config.alpha, embedder, device
         scale = config.reward_scale or float(getattr(embedder, "logit_scale", USUAL_SCALE))
         self._similarity = SimilarityReward(config.reward_baseline, scale, config.reward_exclude)
@@ -108,11 +105,8 @@ class Rewarder:
         return Rewards(total[generated], total[human], found.own[generated], values)
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """[N, D] of unit length, of texts: each different one is embedded once, and equal ones are equal to the bit."""
-        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-        with torch.no_grad():
-            found = self._embedder.texts(list(place)).float().to(self._device)
-        return F.normalize(found, dim=1)[torch.tensor([place[text] for text in texts], device=self._device)]
+        """[N, D] of unit length, of texts."""
+        return embed_texts(self._embedder, texts, self._device)
 
     @torch.no_grad()
     def of_validation(self, imgids: list, images: Tensor, greedy: list[str], own: list[str]) -> Tensor:
@@ -130,6 +124,23 @@ class Rewarder:
         text = self.embed([greedy[i] for i in first.tolist()] + own)
         positive = torch.cat((torch.arange(len(first)), which)).to(self._device)
         return self._two_way(text, image, positive).reward[: len(first)]
+
+
+def embed_texts(embedder: Any, texts: Sequence[str], device: torch.device) -> Tensor:
+    """[N, D] of unit length, of texts: each different one is embedded once, and equal ones are equal to the bit."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    with torch.no_grad():
+        found = embedder.texts(list(place)).float().to(device)
+    return F.normalize(found, dim=1)[torch.tensor([place[text] for text in texts], device=device)]
+
+
+def row_of_each(records: Sequence[dict]) -> dict[Any, int]:
+    """Where each image stands, by its imgid; raises where two have the same."""
+    rows = {record["imgid"]: row for row, record in enumerate(records)}
+    if len(rows) < len(records):
+        got = f"{len(rows)} imgids for {len(records)} pictures"
+        raise bad("train", "data", "give each picture an imgid of its own", got, "number them in the dataset's JSON")
+    return rows
 
 
 def first_of_each(imgids: list) -> tuple[Tensor, Tensor]:

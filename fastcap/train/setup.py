@@ -6,6 +6,7 @@ import math
 import random
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastcap import data, models
+from fastcap.data.attributed import word_ids
 from fastcap.errors import FastcapError, bad
+from fastcap.models.attributes import content_words
 from fastcap.models.show_attend_tell import VARIANTS
 
 from . import checkpoint, recipes
-from .config import TrainConfig
+from .config import DISTILLING, TrainConfig
 
 
 def set_seed(seed: int) -> None:
@@ -146,6 +149,8 @@ def _make_model(config: TrainConfig, tokenizer: Any, dataset: Any) -> nn.Module:
             encoder = {"kind": "conv", **recipes.CLIP_CONV}
         given = {"vocab_size": tokenizer.vocab_size, "encoder": encoder, "context": config.max_length + 1}
         return models.build("clip", **given, **options)
+    if config.model in ("glied", "base"):
+        return _make_glied(config, tokenizer, dataset, encoder)
     if config.model == "show-attend-tell":
         options = {"attention_width": config.attention_width, "attention": config.attention, **VARIANTS[config.variant]}
     return models.build(
@@ -156,6 +161,41 @@ def _make_model(config: TrainConfig, tokenizer: Any, dataset: Any) -> nn.Module:
         hidden_width=config.width,
         dropout=config.dropout,
         **options,
+    )
+
+
+def _make_glied(config: TrainConfig, tokenizer: Any, dataset: Any, encoder: Any) -> nn.Module:
+    if encoder == "conv":
+        encoder = {"kind": "conv", "width": config.width}  # nothing to project
+    options = {name: getattr(config, name) for name in ("width", "heads", "dropout", *DISTILLING)}
+    if config.attributes == "predicted":
+        found = content_words(dataset.captions(), config.attribute_vocab)
+        ids = word_ids([word for word, _ in found], tokenizer)
+        kept = [(id, share) for id, (_, share) in zip(ids, found, strict=True) if id is not None]
+        if not kept:
+            remedy = "lower --min-count, pass --tokenizer words, or --attributes given"
+            got = f"none among {len(found)} content words" if found else "captions of stop words alone"
+            raise bad("train", "attributes", "be words that the tokenizer has", got, remedy)
+        options["attribute_ids"], options["attribute_shares"] = [id for id, _ in kept], [share for _, share in kept]
+        options["num_attributes"] = config.num_attributes
+    return models.build("glied", vocab_size=tokenizer.vocab_size, encoder=encoder, **options)
+
+
+def attribute_note(config: TrainConfig, dataset: Any, tokenizer: Any, model: nn.Module) -> str:
+    """What is said of a run's attribute words; nothing where its model has none, or knows all that are given."""
+    if config.attributes == "predicted":
+        predictor = model.predictor
+        return f"attributes: the {predictor.keep} most probable of {len(predictor.ids)} words of the captions"
+    if config.attributes is None:
+        return ""
+    given = Counter(word for record in dataset.records for word in record.get("attributes", []))
+    unknown = [word for word, id in zip(given, word_ids(list(given), tokenizer), strict=True) if id is None]
+    if not unknown:
+        return ""
+    times = sum(given[word] for word in unknown)
+    return (
+        f"left out {len(unknown)} of {len(given)} attribute words, which occur {times} times, as the tokenizer has no one "
+        f"token for them, the first: {unknown[0]!r}"
     )
 
 
@@ -170,11 +210,16 @@ def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of step 1, 2, ..., `steps`: a linear rise over `warmup` steps, then half a cosine that ends just above zero."""
-    if step <= config.warmup:
-        return config.lr * step / config.warmup
-    done = (step - config.warmup - 1) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    """Of step 1, 2, ..., `steps`: a linear rise over `warmup` steps, then half a cosine that ends just above zero; of the
+    first `mle_steps` likewise, with their own rate, and then once more."""
+    first, lr, warmup, steps = 0, config.mle_lr, config.mle_warmup, config.mle_steps
+    if step > config.mle_steps:
+        first, lr, warmup, steps = config.mle_steps, config.lr, config.warmup, config.steps - config.mle_steps
+    step -= first
+    if step <= warmup:
+        return lr * step / warmup
+    done = (step - warmup - 1) / max(1, steps - warmup)
+    return lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def make_loader(config: TrainConfig, dataset: Dataset, tokenizer: Any, device: torch.device, sampler: Any) -> DataLoader:
@@ -182,7 +227,7 @@ def make_loader(config: TrainConfig, dataset: Dataset, tokenizer: Any, device: t
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=data.collate(tokenizer, config.max_length),
+        collate_fn=data.collate(tokenizer, config.max_length, attributes=config.attributes == "given"),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         worker_init_fn=_ignore_interrupts,
