@@ -248,6 +248,7 @@ def test_without_pycocoevalcap_only_java_is_missing(monkeypatch):
         ("exit 0", "METEOR answered 0 lines for 2 images (nothing)"),
         ("cat", "METEOR answered 2 lines for 2 images (SCORE ||| a ||| a)"),
         ("echo 1.0 2.0; echo 1.0", "METEOR answered 2 lines for 2 images (1.0 2.0)"),
+        ("n=$(printf 'nan %.0s' $(seq 23)); echo $n; echo $n", f"METEOR answered 2 lines for 2 images ({'nan ' * 20})"),
     ],
 )
 @pytest.mark.skipif(os.name != "posix", reason="writes a shell script")
@@ -266,6 +267,20 @@ def test_a_java_that_hangs_is_ended(program, monkeypatch):
     began = time.perf_counter()
     found = measure(Captioned(["a", "b"], [["a"], ["b"]]), metrics=["meteor"])
     assert "METEOR did not end within" in found.not_measured["meteor"].reason and time.perf_counter() - began < 10
+
+
+@pytest.mark.skipif(os.name != "posix", reason="writes a shell script")
+def test_a_java_named_from_here_runs_elsewhere_too(program, monkeypatch, tmp_path):
+    """METEOR runs in its own folder, where a relative path would lead somewhere else."""
+    pytest.importorskip("pycocoevalcap")
+    program(f"cat >{tmp_path / 'read'}; exit 3")
+    monkeypatch.chdir(tmp_path)  # where `program` wrote java
+    for name, value in (("FASTCAP_JAVA", "./java"), ("PATH", ".:/usr/bin:/bin")):
+        (tmp_path / "read").unlink(missing_ok=True)
+        monkeypatch.delenv("FASTCAP_JAVA", raising=False)
+        monkeypatch.setenv(name, value)
+        found = measure(Captioned(["a", "b"], [["a"], ["b"]]), metrics=["meteor"])
+        assert found.not_measured["meteor"].reason == "METEOR failed (status 3)" and (tmp_path / "read").is_file()
 
 
 def test_a_java_that_is_not_there_is_a_reason(monkeypatch):

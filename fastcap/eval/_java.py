@@ -33,12 +33,12 @@ def java() -> str:
     if named is not None:
         if not named:
             raise Unavailable("FASTCAP_JAVA is empty, which does without Java", "unset FASTCAP_JAVA")
-        return named
+        return os.path.abspath(named) if os.path.dirname(named) else named  # programs run in folders of their own
     home = os.environ.get("JAVA_HOME")
     found = shutil.which("java") or (shutil.which("java", path=os.path.join(home, "bin")) if home else None)
     if found is None:
         raise Unavailable("no Java was found", INSTALL_JAVA)
-    return found
+    return os.path.abspath(found)
 
 
 def coco_file(*parts: str) -> Path:

@@ -49,7 +49,7 @@ def _statistics(lines: list[str], images: int) -> np.ndarray:
         each = np.array([[float(number) for number in line.split()] for line in lines])
     except ValueError:
         each = np.zeros(0)
-    if each.shape != (images, _STATISTICS):
+    if each.shape != (images, _STATISTICS) or not np.isfinite(each).all():
         got = lines[0][:80] if lines else "nothing"
         raise _java.Unavailable(f"METEOR answered {len(lines)} lines for {images} images ({got})", "check java -version")
     whole = (each[:, 21:] == each[:, :2]).all(1) & (each[:, 20] == 1)  # said as a reference has it, which has no penalty,

@@ -34,7 +34,7 @@ from .demo_runs import Expected, Pace, Trend, trends, write_whole
 from .evaluate import evaluate
 
 NUM_SCENES, DATA_SEED, SEEDS = 8000, 0, 3
-STEPS = {"mle": 3000, "before": 1500, "after": 300}
+STEPS = {"mle": 2000, "before": 1500, "after": 300}
 VALIDATED = 10_000  # captions at most: all there are
 BATCH = 32  # captions, or images by reward
 SCORED = ("bleu", "cider", "facts", "diversity")
@@ -57,8 +57,9 @@ RL: dict[str, tuple[str, Settings]] = {
     "new-scst": ("then CIDEr, new-scst", {"objective": "new-scst", "on_collapse": "go-on"}),
     "more": ("then cross-entropy again", {"objective": "mle"}),
 }
-_FROM_NOTHING = {"attributes": "given", "lr": 2e-3}
-_FROM_BEFORE = {"lr": 3e-4, "warmup": 10}
+# At 2e-3 the wide Base learns less than the narrow one (validation loss .686 and .658 after 3,000 steps; .656 at 1e-3).
+_FROM_NOTHING = {"attributes": "given", "lr": 1e-3}
+_FROM_BEFORE = {"lr": 1e-4, "warmup": 10}
 
 EXPECTED: tuple[Expected, ...] = (
     ("GLIED has less loss than Base", "val_ce", GLIED, "<", BASE),
