@@ -268,6 +268,17 @@ def test_records_without_attributes_cannot_be_given(config, tmp_path):
         _quiet(_with(config, data=str(plain), **GIVEN))
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_one_record_without_attributes_is_found_before_the_first_step(config, scenes, tmp_path, split):
+    document = json.loads((Path(scenes) / "dataset_scenes.json").read_text(encoding="utf-8"))
+    lacking = [record for record in document["images"] if record["split"] == split][-1]
+    del lacking["attributes"]
+    (tmp_path / "dataset_one.json").write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / "images").symlink_to(Path(scenes) / "images")
+    with pytest.raises(FastcapError, match=f"image {lacking['imgid']} must have attributes"):
+        Trainer(_with(config, data=str(tmp_path), validate_every=1, **GIVEN), progress=False)
+
+
 @pytest.mark.skipif(not RECIPE.is_file(), reason="reads the source tree")
 def test_the_recipe_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     """Every command and every snippet, one after the other, with fewer pictures and steps."""

@@ -416,7 +416,13 @@ def test_rewards_that_make_no_sense_are_refused(config, given, message):
         (lambda: Bleu(0), "n must be an integer of at least 1, got 0"),
         (lambda: Bleu()(["a"], [["a"]], [1]), r"rows must lie in \[0, 1\), got 1"),
         (lambda: Bleu()(["a"], [["a"]], [0, 0]), "rows must be one for each of the 1 candidates, got 2"),
+        (lambda: Bleu()(["a"], [["a"]], [0.5]), "rows must be integers, got 'list'"),
         (lambda: Bleu()(["a"], [[]]), r"references\[0\] must have a caption, got 'none'"),
+        (lambda: Bleu()(["a b"], ["a b"]), r"references\[0\] must be a list, got 'str'"),
+        (lambda: Bleu()("a", [["a"]]), "candidates must be a list, got 'str'"),
+        (lambda: Bleu()(["a"], None), "references must be a list, got 'NoneType'"),
+        (lambda: Bleu()(["a", 3], [["a"], ["b"]]), r"candidates\[1\] must be a caption, got 'int'"),
+        (lambda: Bleu()(["a"], [["a", [None]]]), r"references\[0\]\[1\] must hold words, or ids, got 'NoneType'"),
     ],
 )
 def test_bleu_refuses_what_it_cannot_score(make, message):
@@ -443,6 +449,11 @@ def test_document_frequencies_may_come_from_another_run(config, scenes, tmp_path
     assert values(other)["reward"] != values(first)["reward"]
     with pytest.raises(FastcapError, match="train: df must be of the same tokenizer, got .* --init-from"):
         Trainer(_with(config, out=str(tmp_path / "cut"), df=str(kept), min_count=40), progress=False)
+    CiderD([["a red bus"], ["a cat"]]).save(tmp_path / "words.npz")
+    with pytest.raises(FastcapError, match=r"train: df must be of a tokenizer's ids, got '.*words.npz \(of words\)'"):
+        Trainer(_with(config, out=str(tmp_path / "words"), df=str(tmp_path / "words.npz")), progress=False)
+    with pytest.raises(FastcapError, match="train: df must not be empty"):
+        _with(config, df="")
     with pytest.raises(FastcapError, match="path must be a file, got 'nowhere.npz'"):
         Trainer(_with(config, out=str(tmp_path / "none"), df="nowhere.npz"), progress=False)
 
@@ -644,7 +655,7 @@ def test_one_image_has_no_document_frequencies(config, tmp_path):
     kept = {record["split"]: record for record in document["images"]}  # one of each split
     (tmp_path / "dataset_one.json").write_text(json.dumps({"images": list(kept.values())}), encoding="utf-8")
     (tmp_path / "images").symlink_to(Path(config.data) / "images")
-    with pytest.raises(FastcapError, match="rewards.CiderD: documents must be of at least 2 images, got 1"):
+    with pytest.raises(FastcapError, match="train: data must have at least 2 pictures to train on with .* got 1; .* --df"):
         Trainer(_with(config, data=str(tmp_path)), progress=False)
 
 

@@ -110,7 +110,7 @@ class Plain:
         return total / self._n * math.exp(-(delta**2) / (2 * self._sigma**2))
 
 
-def words_of(name: str, at: tuple[int, ...], caption: Any) -> list:
+def words_of(name: str, at: tuple[int, ...], caption: Any, op: str = OP) -> list:
     """The words of a caption, or its ids."""
     if isinstance(caption, str):
         return caption.split()
@@ -121,7 +121,7 @@ def words_of(name: str, at: tuple[int, ...], caption: Any) -> list:
         words = None
     if words is None:
         remedy = "pass strings, or lists of words or of ids"
-        raise bad(OP, where, "be a caption", type(caption).__name__, remedy)
+        raise bad(op, where, "be a caption", type(caption).__name__, remedy)
     if all_are(words, str):
         return words
     try:
@@ -129,7 +129,7 @@ def words_of(name: str, at: tuple[int, ...], caption: Any) -> list:
     except (TypeError, OverflowError):
         remedy = "pass words as strings, or a tokenizer's ids as integers of 64 bits"
         got = ", ".join(sorted({type(word).__name__ for word in words}))
-        raise bad(OP, where, "hold words, or ids", got, remedy) from None
+        raise bad(op, where, "hold words, or ids", got, remedy) from None
 
 
 def _index(value: Any) -> int:
@@ -139,9 +139,9 @@ def _index(value: Any) -> int:
     return found
 
 
-def check_sequence(name: str, value: object) -> None:
+def check_sequence(name: str, value: object, op: str = OP) -> None:
     """Raises unless `value` is a list of something, and no string and no mapping."""
     if isinstance(value, Mapping):
-        raise bad(OP, name, "be a list", "a mapping", f"pass list({name.split('[')[0]}.values()), in one order")
+        raise bad(op, name, "be a list", "a mapping", f"pass list({name.split('[')[0]}.values()), in one order")
     if isinstance(value, (str, bytes)) or not hasattr(value, "__len__") or not hasattr(value, "__getitem__"):
-        raise bad(OP, name, "be a list", type(value).__name__, "pass a list of captions for each image")
+        raise bad(op, name, "be a list", type(value).__name__, "pass a list of captions for each image")

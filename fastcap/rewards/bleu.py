@@ -13,6 +13,7 @@ Source: Papineni, Roukos, Ward and Zhu, BLEU (ACL 2002), as the `Bleu` of pycoco
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from fastcap.errors import bad
+
+from ._cider_d_plain import check_sequence, words_of
 
 _OP = "rewards.Bleu"
 _SMALL, _TINY = 1e-9, 1e-15  # pycocoevalcap's, which keep a division by 0 and a logarithm of 0 away
@@ -36,7 +39,8 @@ class Bleu:
         n: longest n-grams.
 
     Raises:
-        FastcapError: n is below 1, or in a call, a caption without references, or rows outside them.
+        FastcapError: n is below 1, or in a call, something that is no caption, a caption without references, or rows
+            outside them.
 
     >>> Bleu(2)(["a red bus"], [["a red bus stops", "a bus"]])
     tensor([1.0000], dtype=torch.float64)
@@ -60,24 +64,27 @@ class Bleu:
             references: for each image the list of its captions.
             rows: [C], the entry of `references` that each candidate describes; None: candidate i describes entry i.
         """
-        rows = range(len(candidates)) if rows is None else [int(row) for row in rows]
+        check_sequence("candidates", candidates, _OP)
+        check_sequence("references", references, _OP)
+        rows = range(len(candidates)) if rows is None else _integers(rows)
         if len(rows) != len(candidates):
             raise bad(
                 _OP, "rows", f"be one for each of the {len(candidates)} candidates", len(rows), "pass one entry for each"
             )
         counted: dict[int, tuple[list[int], Counter]] = {}
         scores = []
-        for row, candidate in zip(rows, candidates, strict=True):
+        for c, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
             if row not in counted:
                 counted[row] = self._references(references, row)
-            scores.append(self._score(_words(candidate), *counted[row]))
+            scores.append(self._score(words_of("candidates", (c,), candidate, _OP), *counted[row]))
         return torch.tensor(scores, dtype=torch.float64)
 
     def _references(self, references: Sequence[Sequence[Caption]], row: int) -> tuple[list[int], Counter]:
         """How long the references of an entry are, and how often an n-gram stands in one of them, at most."""
         if not 0 <= row < len(references):
             raise bad(_OP, "rows", f"lie in [0, {len(references)})", row, "pass references of each candidate")
-        captions = [_words(caption) for caption in references[row]]
+        check_sequence(f"references[{row}]", references[row], _OP)
+        captions = [words_of("references", (row, r), caption, _OP) for r, caption in enumerate(references[row])]
         if not captions:
             raise bad(_OP, f"references[{row}]", "have a caption", "none", "leave that image out")
         most: Counter = Counter()
@@ -100,5 +107,8 @@ class Bleu:
         return product ** (1 / self.n) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
 
 
-def _words(caption: Caption) -> Sequence:
-    return caption.split() if isinstance(caption, str) else list(caption)
+def _integers(rows: Sequence[int] | Tensor) -> list[int]:
+    try:
+        return [operator.index(row) for row in rows]
+    except TypeError as error:
+        raise bad(_OP, "rows", "be integers", type(rows).__name__, "pass a list or an int64 tensor") from error

@@ -122,7 +122,7 @@ class Captioner:
             row[: max(1, len(known))] = torch.tensor([self.tokenizer.start_id, *known[:-1]])
         alphas = self.model(images, inputs.to(self.device))[1]
         if alphas is None:
-            remedy = "caption with a show-attend-tell checkpoint, or leave attention out"
+            remedy = "caption with a checkpoint of show-attend-tell or glied, or leave attention out"
             raise bad("caption", "model", "have attention to show", getattr(self.model, "name", "one without"), remedy)
         rows, columns = self._grid(images, alphas.shape[2])
         made = []

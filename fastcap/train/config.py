@@ -111,7 +111,9 @@ class TrainConfig:
     )
     width: int | None = _option(None, "of word embeddings and hidden layers", "Model")
     attention_width: int | None = _option(None, "of the attention's hidden layer", "Model")
-    dropout: float | None = _option(None, "before the last layer; of blip, everywhere in the decoder", "Model")
+    dropout: float | None = _option(
+        None, "before the last layer; of glied and base, after attention; of blip, everywhere in the decoder", "Model"
+    )
     image_size: int | None = _option(None, "side of the pictures, in pixels", "Model")
     attention: str | None = _option(
         None, "soft; hard, trained by REINFORCE; or mean, all locations alike: what attention is worth", "Model"
@@ -233,9 +235,9 @@ class TrainConfig:
         self.one_of("coverage_reduction", COVERAGE_REDUCTIONS)
         self._check_coverage_target()
         rl_settings.check(self)
-        for name in ("data", "out", "encoder", "device", "pretrained", "features"):
+        for name in ("data", "out", "encoder", "device", "pretrained", "features", "df", "reward_clip"):
             if getattr(self, name) == "":
-                raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name}")
+                raise bad("train", name, "not be empty", getattr(self, name), f"pass --{name.replace('_', '-')}")
         for name in ("width", "attention_width", "embed_width", "text_layers", "image_size", "min_count", "max_length"):
             self.at_least(name, 1)
         for name in ("heads", "num_attributes", "attribute_vocab"):

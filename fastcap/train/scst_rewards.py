@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcap.errors import bad
+from fastcap.errors import FastcapError, bad
 from fastcap.rewards import CiderD, CombinedReward, parse_rewards
 from fastcap.rewards.combined import Combined
 
@@ -51,9 +51,13 @@ class SelfCriticalRewarder:
     ) -> None:  # fmt: skip
         self._row_of, self._embedder, self._device = row_of_each(records), embedder, device
         weights = parse_rewards(config.rewards, "train")
+        if len(records) < 2 and not config.df:
+            rule = f"have at least 2 pictures to train on with objective {config.objective}"
+            remedy = "of one alone CIDEr-D weighs every word 0; pass more, or --df, the document frequencies of others"
+            raise bad("train", "data", rule, len(records), remedy)
         references = _references(records, tokenizer)
         tokens = _digest(tokenizer)
-        cider = _loaded(config.df, tokens) if config.df else None
+        cider = _loaded(config.df, tokens, tokenizer.end_id, note) if config.df else None
         self._combined = CombinedReward(weights, references, cider)
         self._cider = self._combined.cider or cider or CiderD(references)
         if cider is None:
@@ -111,13 +115,20 @@ def _write(cider: CiderD, folder: Path, tokens: str) -> None:
     os.replace(partial, made_by)
 
 
-def _loaded(path: str, tokens: str) -> CiderD:
+def _loaded(path: str, tokens: str, an_id: int, note: Callable[[str], None]) -> CiderD:
     """A scorer with saved document frequencies; those that a run wrote must be of the same tokenizer."""
     cider, made_by = CiderD.load(path), Path(path).parent / _MADE_BY
+    try:
+        cider.prepare([[[an_id]]])
+    except FastcapError as error:
+        remedy = "encode the captions before they are counted, with the run's tokenizer, or leave --df out"
+        raise bad("train", "df", "be of a tokenizer's ids", f"{path} (of words)", remedy) from error
     if Path(path).name == _FREQUENCIES and made_by.is_file():
         if json.loads(made_by.read_text(encoding="utf-8")).get("tokenizer") != tokens:
             remedy = (
                 "its ids are other words here: take this run's tokenizer from that run with --init-from, or leave --df out"
             )
             raise bad("train", "df", "be of the same tokenizer", path, remedy)
+    else:
+        note(f"document frequencies of {path}, beside which nothing says of which tokenizer's ids they are: not checked")
     return cider

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fastcap import data, models
-from fastcap.data.attributed import word_ids
+from fastcap.data.attributed import attribute_words, word_ids
 from fastcap.errors import FastcapError, bad
 from fastcap.models.attributes import content_words
 from fastcap.models.show_attend_tell import VARIANTS
@@ -81,13 +81,17 @@ def load_data(config: TrainConfig) -> tuple[Any, Any | None]:
     options = {"image_size": config.image_size}
     if config.features:
         options["features"] = data.RegionFeatures(config.features)
-    train = data.KarpathyDataset(config.data, split="train", **options)
-    if not config.validate_every:
-        return train, None
-    try:
-        return train, data.KarpathyDataset(config.data, split="val", **options)
-    except FastcapError as error:
-        raise FastcapError(f"{error}; or train without validation: --validate-every 0") from error
+    train, validation = data.KarpathyDataset(config.data, split="train", **options), None
+    if config.validate_every:
+        try:
+            validation = data.KarpathyDataset(config.data, split="val", **options)
+        except FastcapError as error:
+            raise FastcapError(f"{error}; or train without validation: --validate-every 0") from error
+    if config.attributes == "given":  # an image that lacks them is found now, not in the epoch's last batch
+        for part in (train, validation):
+            for record in [] if part is None else part.records:
+                attribute_words(record)
+    return train, validation
 
 
 def make_parts(config: TrainConfig, dataset: Any) -> tuple[Any, nn.Module]:
