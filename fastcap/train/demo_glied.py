@@ -5,9 +5,10 @@ attribute words each.
 
 1. On captions that mention everything, from each of three seeds, with cross-entropy: GLIED, GLIED without each of its
    distilling steps, its Base, and the Base widened until it has as many parameters.
-2. On the scenes' own captions, which leave most out, so that the likeliest caption says little: GLIED with cross-entropy;
-   from there by self-critical training, with its captions' CIDEr-D as reward, against its greedy caption (scst) and against
-   its other samples (new-scst); and, for as many steps, with cross-entropy as before.
+2. On the scenes' own captions, which leave most out, so that the likeliest caption says little, and with less noise before
+   the detector, for what is not seen cannot be rewarded: GLIED with cross-entropy; from there by self-critical training,
+   with its captions' CIDEr-D as reward, against its greedy caption (scst) and against its other samples (new-scst); and, for
+   as many steps, with cross-entropy as before.
 3. What each reaches on validation and test pictures, and which of the expected trends these numbers show.
 
 Finished runs are kept: an interrupted demo goes on where it was.
@@ -34,9 +35,10 @@ from .demo_runs import Expected, Pace, Trend, trends, write_whole
 from .evaluate import evaluate
 
 NUM_SCENES, DATA_SEED, SEEDS = 8000, 0, 3
-STEPS = {"mle": 2000, "before": 1500, "after": 300}
+STEPS = {"mle": 2000, "before": 2500, "after": 300}
 VALIDATED = 10_000  # captions at most: all there are
-BATCH = 32  # captions, or images by reward
+BATCH = 32  # captions, or images by reward; twice as many captions before reward
+NOISE = {"scenes-thorough": 0.4, "scenes": 0.1}  # that the detector sees its cells through
 SCORED = ("bleu", "cider", "facts", "diversity")
 _SCORES = "demo_scores.json"
 Settings = dict[str, Any]
@@ -151,13 +153,14 @@ def write_data(out: Path) -> None:
         file = folder / "dataset_scenes.json"
         if (folder / REGIONS).is_file() and file.is_file():
             document = json.loads(file.read_text(encoding="utf-8"))
-            if document.get("regions") and len(document["images"]) == NUM_SCENES:  # these are written last
+            regions = document.get("regions", {})  # these are written last
+            if regions.get("noise") == NOISE[folder.name] and len(document["images"]) == NUM_SCENES:
                 continue
         if name == GLIED:
             write_thorough_scenes(folder, NUM_SCENES)
         else:
             data.write_scenes(folder, num_images=NUM_SCENES, seed=DATA_SEED)
-        data.write_scene_regions(folder, seed=DATA_SEED)
+        data.write_scene_regions(folder, seed=DATA_SEED, noise=NOISE[folder.name])
 
 
 def kind_of(name: str) -> str:
@@ -176,8 +179,8 @@ def made(out: Path, name: str, seed: int, steps: dict[str, int], pace: Pace) -> 
         settings["init_from"] = str(checkpoint.find(out / f"{BEFORE}-{seed}"))
     config = TrainConfig(
         data=str(folder), features=str(folder / REGIONS), out=str(out / f"{name}-{seed}"), seed=seed, steps=steps[kind],
-        batch_size=BATCH, max_length=MAX_LENGTH, validate_every=steps[kind], validate_batches=-(-VALIDATED // BATCH),
-        checkpoint_every=0, **settings,
+        batch_size=2 * BATCH if kind == BEFORE else BATCH, max_length=MAX_LENGTH, validate_every=steps[kind],
+        validate_batches=-(-VALIDATED // BATCH), checkpoint_every=0, **settings,
     )  # fmt: skip
     return pace.made(kind, f"{label}, seed {seed}", config)
 
