@@ -140,7 +140,7 @@ def test_captions_that_do_not_fit_are_an_error(captioner, images, captions, mess
 
 
 def test_a_model_without_attention_says_which_have_it():
-    message = "model must have attention to show, got 'show-and-tell'; caption with a checkpoint of show-attend-tell or glied"
+    message = "model must have attention to show, got 'show-and-tell'; caption with a checkpoint of show-attend-tell"
     with pytest.raises(FastcapError, match=message):
         captioner_of("show-and-tell").attention(some_images(1), ["a star"])
 
@@ -355,7 +355,7 @@ def test_a_model_without_attention_captions_all_the_same(fastcap, telling_run, s
     run, picture = telling_run, scenes / "images" / "scene_000001.png"
     status, out, err = fastcap("caption", "--checkpoint", run, "--attention", tmp_path / "a.png", picture)
     assert status == 2 and out.startswith(f"{picture}\t") and err.count("\n") == 1
-    assert err.startswith("fastcap.caption: model must have attention to show, got 'show-and-tell'; caption with a checkpoint")
+    assert err.startswith("fastcap.caption: model must have attention to show, got 'show-and-tell'; caption with a check")
     assert not (tmp_path / "a.png").exists()
 
 
