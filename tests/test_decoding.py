@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastcap.errors import FastcapError
-from fastcap.models import beam_search, greedy
+from fastcap.models import beam_search, decoding, greedy
 
 START, END, V = 1, 2, 5  # ids 0 (pad) and 1 (start) are forbidden: three words and the end may follow
 
@@ -187,3 +187,26 @@ def test_bad_options_are_named(options, message):
     with pytest.raises(FastcapError) as caught:
         beam_search(Table(images=1, seed=0), torch.arange(1), **options)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("V", [3, 64, 1000, 1024])
+def test_the_largest_by_blocks_are_those_of_topk(V):
+    x = torch.randn(6, V, generator=torch.Generator().manual_seed(V))
+    x[0, -1], x[1, 0], x[2] = 9.0, 9.0, -torch.inf  # behind the last block; in the first; nothing
+    count = min(3, V)
+    values, ids = decoding._largest(x, count)
+    torch.testing.assert_close(values, x.topk(count, dim=1).values, rtol=0, atol=0)
+    torch.testing.assert_close(x.gather(1, ids), values, rtol=0, atol=0)
+    assert all(len(set(row)) == count for row in ids.tolist()) and (ids >= 0).all() and (ids < V).all()
+
+
+def test_words_are_found_as_by_a_softmax_over_all_of_them_without_the_forbidden():
+    logits = torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
+    logits[0, 7] = 50.0  # the forbidden too take their share
+    wanted = logits.log_softmax(1)
+    wanted[:, [0, 7]] = -torch.inf
+    log_p, ids = decoding._likeliest(logits, (0, 7), 6)
+    torch.testing.assert_close(log_p, wanted.topk(6, dim=1).values)
+    assert torch.equal(ids, wanted.topk(6, dim=1).indices)
+    log_p, ids = decoding._likeliest(logits[:, :4], (0, 3), 6)  # fewer words than are wanted: the forbidden come last
+    assert log_p.shape == (4, 4) and (log_p[:, 2:] == -torch.inf).all() and (log_p[:, :2] > -torch.inf).all()

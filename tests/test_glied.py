@@ -192,7 +192,38 @@ def test_a_large_vocabulary_is_scored_in_blocks_alike(images):
         memory = model.encode(images)
         in_blocks, state = model.step(token, None, memory)
         torch.testing.assert_close(in_blocks, model(images, token[:, None])[0][:, 0], rtol=1e-5, atol=1e-5)
-    assert in_blocks.shape == (5, 2500) and state.shape == (5, 1, 2 * D)
+    assert in_blocks.shape == (5, 2500) and state.keys.shape == (5, 1, 2 * D)
+
+
+def test_rows_that_change_places_take_their_words_along(images):
+    """Of one image. With and without gradients: chosen twice before the next word, they are copied as if at once."""
+    model = make().double().eval()
+    token, image = torch.tensor([4, 5, 6, 7, 8]), images.double()[[3]]
+    first, second = torch.tensor([0, 1, 1, 3, 3]), torch.tensor([1, 0, 2, 3, 4])
+    words = torch.stack((token, token.flip(0)), 1)[first[second]]
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            memory = model.encode(image)
+            _, state = model.step(token, None, memory)
+            _, state = model.step(token.flip(0), state.rows(torch.arange(5)), memory)
+            found, after = model.step(token, state.rows(first).rows(second), memory)
+            expected, _ = model(image[[0] * 5], torch.cat((words, token[:, None]), 1))
+        torch.testing.assert_close(found, expected[:, -1], rtol=1e-10, atol=1e-10)
+        assert after.length == 3
+
+
+def test_a_step_with_rows_that_are_no_multiple_of_the_images_is_refused(images):
+    model = make().eval()
+    memory = model.encode(images)
+    with pytest.raises(FastcapError, match=r"token must have as many rows for each of the 5 images, got 7; let"):
+        model.step(torch.full((7,), 4), None, memory)
+
+
+def test_no_images_give_no_captions():
+    model = make().eval()
+    none = Attributed(torch.zeros(0, 9, 10), torch.zeros(0, 4, dtype=torch.int64))
+    for found in (models.greedy(model, none), models.beam_search(model, none, beam_size=3)):
+        assert found.tokens.shape == (0, 0) and found.scores.shape == (0,)
 
 
 # Masks ------------------------------------------------------------------------------------------------------------------

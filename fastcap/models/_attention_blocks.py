@@ -73,15 +73,12 @@ class Attention(nn.Module):
         query, key, value = (self._split(part) for part in self.project(x).chunk(3, -1))
         return self._join(F.scaled_dot_product_attention(query, key, value, is_causal=True))
 
-    def next(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`causal` of one more x [N, d] after those of `past`, the keys and values [N, t, 2 d] of t before.
-
-        Returns ([N, d], the past with this one, [N, t + 1, 2 d]).
-        """
+    def next(self, x: Tensor, past: Past | None) -> tuple[Tensor, Past]:
+        """`causal` of one more x [N, d] after those of `past`: ([N, d], the past with this one)."""
         width = x.shape[-1]
         query, now = self.project(x).unsqueeze(1).split((width, 2 * width), -1)
-        past = now if past is None else torch.cat((past, now), 1)
-        key, value = (self._split(part) for part in past.chunk(2, -1))
+        past = Past(now) if past is None else past.then(now)
+        key, value = (self._split(part) for part in past.keys.chunk(2, -1))
         return self._join(F.scaled_dot_product_attention(self._split(query), key, value)).squeeze(1), past
 
     def _split(self, x: Tensor) -> Tensor:
@@ -89,6 +86,37 @@ class Attention(nn.Module):
 
     def _join(self, x: Tensor) -> Tensor:
         return self.out(x.transpose(1, 2).flatten(2))
+
+
+class Past:
+    """The keys and values of the words read so far.
+
+    Which rows go on is noted, and they are copied as the next word is put behind them: once, where to choose and then to
+    append would copy them twice.
+    """
+
+    def __init__(self, keys: Tensor, chosen: Tensor | None = None) -> None:
+        self.keys, self._chosen = keys, chosen  # [*, t, 2 d]; [N], or all
+
+    @property
+    def length(self) -> int:
+        """t."""
+        return self.keys.shape[1]
+
+    def rows(self, index: Tensor) -> Past:
+        """Of the rows `index` [N], which may repeat."""
+        return Past(self.keys, index if self._chosen is None else self._chosen[index])
+
+    def then(self, now: Tensor) -> Past:
+        """With one more word, [N, 1, 2 d]."""
+        if self._chosen is None:
+            return Past(torch.cat((self.keys, now), 1))
+        if torch.is_grad_enabled():
+            return Past(torch.cat((self.keys.index_select(0, self._chosen), now), 1))
+        keys = now.new_empty(now.shape[0], self.length + 1, now.shape[2])
+        torch.index_select(self.keys, 0, self._chosen, out=keys[:, : self.length])
+        keys[:, self.length :] = now
+        return Past(keys)
 
 
 class AddNorm(nn.Module):
@@ -111,8 +139,11 @@ def next_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
     V = head.weight.shape[0]
     if hidden.device.type != "cpu" or V <= 2 * BLOCK or torch.is_grad_enabled():
         return head(hidden)
-    parts = zip(head.weight.split(BLOCK), head.bias.split(BLOCK), strict=True)
-    return torch.cat([F.linear(hidden, weight, bias) for weight, bias in parts], 1)
+    logits = hidden.new_empty(hidden.shape[0], V)
+    for first in range(0, V, BLOCK):
+        words = slice(first, first + BLOCK)
+        torch.addmm(head.bias[words], hidden, head.weight[words].T, out=logits[:, words])
+    return logits
 
 
 def weights(query: Tensor, keys: Keys) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from fastcap.data import Attributed
 from fastcap.errors import bad
 
-from ._attention_blocks import AddNorm, Attention, Keys, Source, next_logits, sinusoids, weights
+from ._attention_blocks import AddNorm, Attention, Keys, Past, Source, next_logits, sinusoids, weights
 from .attributes import AttributePredictor
 from .encoders import build_encoder
 
@@ -75,6 +75,10 @@ class GliedConfig:
         for name in DISTILLING:
             if not isinstance(getattr(self, name), bool):
                 raise bad("models", name, "be True or False", getattr(self, name), f"pass {name}=True")
+        whole = isinstance(self.attribute_ids, (list, tuple)) and all(type(i) is int for i in self.attribute_ids)
+        if not whole:
+            rule = "be a list of integers, the tokenizer's ids"
+            raise bad("models", "attribute_ids", rule, self.attribute_ids, "pass [] where attributes are given")
         if self.attribute_ids and not 0 < min(self.attribute_ids) <= max(self.attribute_ids) < self.vocab_size:
             rule = f"lie in [1, {self.vocab_size}), the ids of words"
             got = max(self.attribute_ids) if min(self.attribute_ids) > 0 else min(self.attribute_ids)
@@ -222,19 +226,17 @@ class Glied(nn.Module):
         """No word has been read."""
         return None
 
-    def step(self, token: Tensor, state: Tensor | None, memory: Memory) -> tuple[Tensor, Tensor]:
-        """One word further: token [N] -> logits [N, V] of the next word, and the state after `token`.
+    def step(self, token: Tensor, state: Past | None, memory: Memory) -> tuple[Tensor, Past]:
+        """One word further: token [N] -> logits [N, V] of the next word, and the state after `token`: the words so far.
 
-        N is the images', or a multiple: the rows of an image follow each other. The state [N, t, 2 d] has the keys and
-        values of the t words read so far.
+        N is the images', or a multiple: the rows of an image follow each other.
         """
-        x = self.embed(token) + self._positions(0 if state is None else state.shape[1], 1)
+        x = self.embed(token) + self._positions(0 if state is None else state.length, 1)
         if self.config.attribute_distilling:
             x = self.distil_attributes_norm(self._ask_of_rows("distil_attributes", x, memory), x)
         found, state = self.context.next(x, state)
         x = self.context_norm(found, x)
-        B = len(memory.regions.x)
-        hidden, _, _ = self._select(x.view(B, -1, x.shape[1]), memory)
+        hidden, _, _ = self._select(_of_images(x, memory), memory)
         return next_logits(self.head, hidden.flatten(0, 1)), state
 
     def _select(self, x: Tensor, memory: Memory) -> tuple[Tensor, Tensor, Keys]:
@@ -257,8 +259,7 @@ class Glied(nn.Module):
 
     def _ask_of_rows(self, name: str, x: Tensor, memory: Memory) -> Tensor:
         """`_ask` of x [N, d], those of an image together."""
-        B = len(memory.regions.x)
-        return self._ask(name, x.view(B, -1, x.shape[1]), memory).flatten(0, 1)
+        return self._ask(name, _of_images(x, memory), memory).flatten(0, 1)
 
     def _positions(self, first: int, count: int) -> Tensor:
         if first + count > len(self.positions):
@@ -276,6 +277,15 @@ class Glied(nn.Module):
     @staticmethod
     def _source(x: Tensor, mask: Tensor | None) -> Source:
         return Source(x if mask is None else x.masked_fill(~mask.unsqueeze(2), 0), mask)
+
+
+def _of_images(x: Tensor, memory: Memory) -> Tensor:
+    """x [N, d] as [images, rows of each, d]."""
+    B = len(memory.regions.x)
+    if len(x) % max(B, 1) or (len(x) and not B):
+        rule = f"have as many rows for each of the {B} images"
+        raise bad("models", "token", rule, len(x), "let an image's rows follow each other")
+    return x.view(B, len(x) // max(B, 1), x.shape[1])
 
 
 def _counted(x: Tensor, lengths: Tensor | None) -> Tensor:
