@@ -1,10 +1,11 @@
 """Everything that needs a CUDA machine, in one command and a fixed time: `python benchmarks/gpu.py [--quick]`.
 
-From a source tree, with no network and nothing installed but torch: builds the extension in place if it can, runs the
-tests marked `gpu` if pytest is there, runs the benchmarks, and writes gpu.json, gpu.log and plots to $OUT (default
-build/gpu), at most 8 files. Each stage has its limit, so the results of what was done are written whatever happens.
-Operations are those that have a bench_<operation>.py. --dry-run goes through the stages on a CPU, with tiny shapes and
-nothing built.
+From a source tree, with no network and nothing installed but torch: builds the extension in place if it can, says which
+backends and peers are there and why others are not, runs the tests marked `gpu` if pytest is there, runs example calls under
+compute-sanitizer if that is there, runs the benchmarks, and writes gpu.json, gpu.log and plots to $OUT (default build/gpu),
+at most 8 files. Each stage has its limit, so the results of what was done are written whatever happens; --stage names those
+to run, to give one all the time there is. Operations are those that have a bench_<operation>.py. --dry-run goes through the
+stages on a CPU, with tiny shapes and nothing built or sanitized.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import importlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,16 +30,30 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_FILES = 8
 REPORTING = 20  # seconds kept back for the table and the plots
 LIMITS = {  # seconds: of the whole run, then of single stages; the benchmarks take what is left
-    "full": {"total": 525, "build": 240, "tests": 150},
-    "quick": {"total": 170, "build": 60, "tests": 45},
-    "dry-run": {"total": 280, "build": 60, "tests": 120},
+    "full": {"total": 525, "build": 240, "inventory": 30, "tests": 150, "sanitize": 100},
+    "quick": {"total": 170, "build": 60, "inventory": 15, "tests": 45, "sanitize": 0},
+    "dry-run": {"total": 280, "build": 60, "inventory": 60, "tests": 120, "sanitize": 0},
 }
+STAGES = ("build", "inventory", "tests", "sanitize", "bench")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PROBE = """
 import json, platform, torch
 gpu = torch.cuda.is_available()
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
     "gpu": torch.cuda.get_device_name() if gpu else None,
     "arch": "%d%d" % torch.cuda.get_device_capability() if gpu else None}))
+"""
+
+
+INVENTORY = """
+import json, sys, torch, fastcap
+from fastcap.benchmarks import machine, peers
+print("torch", torch.__version__, "triton", machine.version_of("triton"))
+for name, status in fastcap.backends().items():
+    print(f"backend {name}: {'yes' if status else 'no'}, {status.reason}")
+away = peers.missing(sys.argv[1]) | ({} if peers.torch_chunked().call else {"torch_chunked": peers.torch_chunked().reason})
+for name in (*peers.PEERS, "torch_chunked"):
+    print(f"peer {name}: {'no, ' + away[name] if name in away else 'yes'}")
 """
 
 
@@ -59,6 +76,7 @@ class Run:
     home: Path  # a folder with nothing but a link named fastcap: on the path instead of ROOT, with its kernels/
     started: float = field(default_factory=time.time)
     stages: list[Stage] = field(default_factory=list)
+    arguments: Sequence[str] = ()  # of the command
 
     @property
     def left(self) -> float:
@@ -135,6 +153,23 @@ def build(run: Run, arch: str | None) -> None:
     run.stage("build", [sys.executable, "setup.py", *command], LIMITS[run.mode]["build"], place, **env)
 
 
+def take_inventory(run: Run) -> None:
+    """Which backends and peers are here, and why the others are not."""
+    device = "cpu" if run.mode == "dry-run" else "cuda"
+    run.stage("inventory", [sys.executable, "-c", INVENTORY, device], LIMITS[run.mode]["inventory"], run.home)
+
+
+def sanitize(run: Run, only: bool) -> None:
+    """Example calls under each tool of compute-sanitizer; `only`: all the time that is left is this stage's."""
+    limit = LIMITS[run.mode]["sanitize"]
+    if limit == 0:
+        return run.leave_out("sanitize", f"not in a {run.mode} run")
+    for i, tool in enumerate(SANITIZERS):
+        share = run.left / (len(SANITIZERS) - i) if only else limit / len(SANITIZERS)
+        command = [sys.executable, "-m", "fastcap.benchmarks.sanitize", tool, "--seconds", f"{max(1.0, 0.6 * share):.0f}"]
+        run.stage(f"sanitize {tool}", command, share, run.home, fine={2: "left out: compute-sanitizer is not here"})
+
+
 def test(run: Run) -> None:
     if importlib.util.find_spec("pytest") is None:
         return run.leave_out("tests", "pytest is not installed; running the benchmarks alone")
@@ -161,7 +196,7 @@ def finish(run: Run, probe: dict) -> None:
     """Writes gpu.json, draws what can be drawn, and prints the table, last."""
     report = importlib.import_module(f"{__package__}.report" if __package__ else "report")
     rows = report.read_rows(run.rows_file)
-    command = f"python benchmarks/gpu.py{'' if run.mode == 'full' else ' --' + run.mode}"
+    command = shlex.join(["python", "benchmarks/gpu.py", *run.arguments])
     shown = [asdict(stage) for stage in run.stages]
     report.write(run.out / "gpu.json", rows, command, probe=probe, stages=shown)
     try:
@@ -191,6 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: tiny shapes, nothing built")
     parser.add_argument("--out", default=os.environ.get("OUT") or str(ROOT / "build" / "gpu"), help="default: $OUT")
     parser.add_argument("--only", action="append", choices=operations(), help="benchmark this operation; may be repeated")
+    parser.add_argument("--stage", action="append", choices=STAGES, help="run this stage; may be repeated; default: all")
     given = parser.parse_args(arguments)
     mode = "dry-run" if given.dry_run else "quick" if given.quick else "full"
     out = Path(given.out).resolve()
@@ -208,12 +244,20 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         for old in [out / "gpu.json", out / "gpu.log", *out.glob("*_time.png"), *out.glob("*_memory.png")]:
             old.unlink(missing_ok=True)
-        run = Run(mode, out, home)
+        run = Run(mode, out, home, arguments=sys.argv[1:] if arguments is None else arguments)
         run.say(f"{probe.get('gpu') or 'no GPU: a dry run'}; torch {probe.get('torch')}, Python {probe.get('python')}")
+        chosen = given.stage or STAGES
+        stages = {
+            "build": lambda: build(run, probe.get("arch")),
+            "inventory": lambda: take_inventory(run),
+            "tests": lambda: test(run),
+            "sanitize": lambda: sanitize(run, only="bench" not in chosen),
+            "bench": lambda: bench(run, given.only or operations()),
+        }
         try:
-            build(run, probe.get("arch"))
-            test(run)
-            bench(run, given.only or operations())
+            for name in STAGES:
+                if name in chosen:
+                    stages[name]()
         finally:
             finish(run, probe)
     return int(any(not stage.result.startswith(("ok", "left out")) for stage in run.stages))

@@ -255,11 +255,26 @@ def _measure(case: Case, settings: Settings) -> list[Result]:
             rows[name].update(ceiling_flops_per_s=rate, share_of_products=traffic.flops / middle / rate)
         if settings.device.startswith("cuda"):
             rows[name]["host_s"] = timing.host_time(calls[name], setups.get(name))
+            if name.startswith("triton"):
+                rows[name].update(_predicted(case, name.removeprefix("triton")))
     absent = {name for name, row in rows.items() if row.get("status") == "unavailable"}
     for goal in case.goals:
         if goal.provider in rows and not absent & {goal.provider, goal.against}:  # else the row says why
             rows[goal.provider].setdefault("goals", []).append(goal.judge(rows))
     return [Result(row, samples.get(name, [])) for name, row in rows.items()]
+
+
+def _predicted(case: Case, form: str) -> dict:
+    """What the model of an H200 says of ours, where it knows the benchmark: `predicted_s` and `predicted_launches`."""
+    from fastcap.benchmarks import roofline
+
+    if case.operation not in roofline.OPERATIONS or form not in roofline.forms(case.operation):
+        return {}
+    try:
+        work = roofline.work_of(case.operation, case.shape, case.dtype, case.variant, case.mode, form)
+    except Exception as error:  # a prediction must not cost a measurement
+        return {"not_predicted": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+    return {"predicted_s": roofline.predict(work), "predicted_launches": len(work)}
 
 
 class _Weight(NamedTuple):

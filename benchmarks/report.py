@@ -83,28 +83,38 @@ def _line(rows: Sequence[dict]) -> list[str]:
     cells += [f"{row['provider']} {duration(row['median_s'])}" if row else "none" for row in (ours, peer)]
     cells.append(f"{peer['median_s'] / ours['median_s']:.1f}x" if ours and peer else "")
     cells.append(f"{ours['share_of_floor']:.0%}" if ours else "")
-    return cells
+    predicted = ours.get("predicted_s") if ours else None
+    return [*cells, duration(predicted) if predicted else "", f"{predicted / ours['median_s']:.0%}" if predicted else ""]
 
 
 def progress(rows: Sequence[dict]) -> str:
     """One line on a case that is done."""
-    _, shape, case, ours, peer, ratio, share = _line(rows)
+    _, shape, case, ours, peer, ratio, share, predicted, _ = _line(rows)
     if (ours, peer) == ("none", "none"):
         return f"{shape}, {case}: {rows[0].get('reason', rows[0]['status'])}"
-    return f"{shape}, {case}: ours {ours}, best peer {peer}, {ratio or '-'}, {share or '-'} of the floor"
+    line = f"{shape}, {case}: ours {ours}, best peer {peer}, {ratio or '-'}, {share or '-'} of the floor"
+    return line + (f", predicted {predicted}" if predicted else "")
+
+
+def aligned(lines: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    """Lines of cells as a table; the columns `right` are set to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def table(rows: Sequence[dict]) -> str:
-    """All cases, a line each; below, what went wrong and what was left out, once each."""
-    head = ["operation", "shape", "case", "ours", "best peer", "ratio", "share of floor"]
+    """All cases, a line each; below, what went wrong and what was left out, once each. What the model predicts of a GPU
+    (roofline.py) stands beside what was measured on one, with its share of that."""
+    head = ["operation", "shape", "case", "ours", "best peer", "ratio", "share of floor", "predicted", "share"]
     shown = [head, *(_line(group) for group in cases(rows).values())]
-    widths = [max(len(line[i]) for line in shown) for i in range(len(head))]
-    right = (5, 6)
-    lines = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in shown
-    ]
-    lines = [line.rstrip() for line in lines]
+    if not any(line[-1] for line in shown[1:]):
+        shown = [line[:-2] for line in shown]
+    lines = aligned(shown, right=(5, 6, 7, 8)).split("\n")
     notes = Counter(
         (row["provider"], row["status"], row.get("reason", ""))
         for row in rows
