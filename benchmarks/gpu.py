@@ -159,25 +159,26 @@ def take_inventory(run: Run) -> None:
     run.stage("inventory", [sys.executable, "-c", INVENTORY, device], LIMITS[run.mode]["inventory"], run.home)
 
 
-def sanitize(run: Run, only: bool) -> None:
-    """Example calls under each tool of compute-sanitizer; `only`: all the time that is left is this stage's."""
+def sanitize(run: Run, last: bool) -> None:
+    """Example calls under each tool of compute-sanitizer; `last`: all the time that is left is this stage's."""
     limit = LIMITS[run.mode]["sanitize"]
     if limit == 0:
-        return run.leave_out("sanitize", f"not in a {run.mode} run")
+        return run.leave_out("sanitize", f"there is no time for it in --{run.mode}")
     for i, tool in enumerate(SANITIZERS):
-        share = run.left / (len(SANITIZERS) - i) if only else limit / len(SANITIZERS)
+        share = run.left / (len(SANITIZERS) - i) if last else limit / len(SANITIZERS)
         command = [sys.executable, "-m", "fastcap.benchmarks.sanitize", tool, "--seconds", f"{max(1.0, 0.6 * share):.0f}"]
         run.stage(f"sanitize {tool}", command, share, run.home, fine={2: "left out: compute-sanitizer is not here"})
 
 
-def test(run: Run) -> None:
+def test(run: Run, last: bool) -> None:
+    """The tests marked `gpu`; `last`: all the time that is left is this stage's."""
     if importlib.util.find_spec("pytest") is None:
         return run.leave_out("tests", "pytest is not installed; running the benchmarks alone")
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-m", "gpu"]
     command += ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=5", str(ROOT / "tests")]
     if run.mode == "dry-run":
         command.insert(3, "--collect-only")
-    limit = LIMITS[run.mode]["tests"]
+    limit = int(run.left) if last else LIMITS[run.mode]["tests"]
     ends = {"FASTCAP_TEST_SECONDS": str(limit - 10)}  # tests that have not begun by then are skipped, and pytest reports
     run.stage("tests", command, limit, run.home, fine={5: "ok: no test is marked gpu"}, **ends)
 
@@ -246,18 +247,17 @@ def main(arguments: list[str] | None = None) -> int:
             old.unlink(missing_ok=True)
         run = Run(mode, out, home, arguments=sys.argv[1:] if arguments is None else arguments)
         run.say(f"{probe.get('gpu') or 'no GPU: a dry run'}; torch {probe.get('torch')}, Python {probe.get('python')}")
-        chosen = given.stage or STAGES
+        chosen = [name for name in STAGES if name in (given.stage or STAGES)]
         stages = {
             "build": lambda: build(run, probe.get("arch")),
             "inventory": lambda: take_inventory(run),
-            "tests": lambda: test(run),
-            "sanitize": lambda: sanitize(run, only="bench" not in chosen),
+            "tests": lambda: test(run, last=chosen[-1] == "tests"),
+            "sanitize": lambda: sanitize(run, last=chosen[-1] == "sanitize"),
             "bench": lambda: bench(run, given.only or operations()),
         }
         try:
-            for name in STAGES:
-                if name in chosen:
-                    stages[name]()
+            for name in chosen:
+                stages[name]()
         finally:
             finish(run, probe)
     return int(any(not stage.result.startswith(("ok", "left out")) for stage in run.stages))

@@ -107,7 +107,8 @@ def parse(output: str, ours: set[str]) -> Found:
         head = block.split("\n", 1)[0]
         if not re.match(r"========= (?:Invalid|Uninitialized|Misaligned|Barrier|Program hit|Error:|Race reported)", head):
             continue
-        names = [re.sub(r"\(.*", "", name).split()[-1] for name in re.findall(r"\bat ([^\n]+?)\+0x[0-9a-f]+", block)]
+        places = re.findall(r"\bat ([^\n]+?)\+0x[0-9a-f]+", block)
+        names = [re.sub(r"\(.*", "", place).removeprefix("void ").strip() for place in places]
         name = names[0] if names else head.removeprefix("========= ")
         is_ours = not names or any(n in ours or "fastcap::" in n for n in names)
         (mine if is_ours else others)[name] += 1
