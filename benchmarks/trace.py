@@ -136,9 +136,10 @@ def _planning(found: list[Work], batch: Batch | None) -> Iterator[None]:
 
     from fastcap.ops import _backend, _plans
 
-    def sparse_rows(self, ids, values, shape):  # their number is not known without values
-        found.append(Work("wait for the number of rows", ids.numel() * 8))
-        return torch.sparse_coo_tensor(ids[None], values, shape, is_coalesced=True, check_invariants=False)
+    def sparse_rows(self, ids, values, shape):
+        """Their number is not known without values, and sparse tensors have no memory of their own to tell by."""
+        found.append(Work("count the rows and wait", ids.numel() * 8))
+        return values.new_empty(shape)
 
     device = contrastive.Device(*GPU)
     patches = [

@@ -167,6 +167,17 @@ def test_no_prediction_is_below_the_floor_of_the_operation(operation):
     assert seen
 
 
+@pytest.mark.parametrize("form", roofline.forms("linear_subset_cross_entropy"))
+def test_every_form_of_the_heads_gradient_has_a_prediction(form):
+    case = "linear_subset_cross_entropy", "blip", "bf16", "subset", "forward_backward"
+    dense, work = (roofline.work_of(*case, given) for given in ("", form))
+    sizes = [sum(one.bytes for one in works) for works in (dense, work)]
+    if form in ("-sparse", "-accumulate"):  # nothing of the size of the head is written
+        assert sizes[1] < 30_522 * 768 * 2 < sizes[0]
+    else:
+        assert sizes[0] == sizes[1]
+
+
 def test_what_we_do_not_model_is_refused():
     for given, message in (
         (("no-such-operation", "blip", "fp32", "subset", "forward"), "operation must be one of subset_cross_entropy"),
