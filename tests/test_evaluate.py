@@ -560,6 +560,10 @@ def test_results_keep_what_they_hold(tmp_path):
         ),
         (["--captions", "c.json", "--out", "c.json"], "fastcap.evaluate: out must be a folder, got 'c.json'; name another"),
         (
+            ["--captions", "c.json", "--out", "c.json/x"],
+            "fastcap.evaluate: out must be a folder that can be made, got 'c.json/x (Not a directory)'; name another",
+        ),
+        (
             ["--captions", "c.json", "--captions", "c.json"],
             "fastcap.evaluate: captions must differ from the others, got 'c.json'",
         ),

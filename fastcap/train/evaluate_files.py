@@ -27,7 +27,10 @@ def folder(out: str | os.PathLike | None) -> Path | None:
     made = Path(out)
     if made.exists() and not made.is_dir():
         raise bad(_OP, "out", "be a folder", str(made), "name another")
-    made.mkdir(parents=True, exist_ok=True)
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad(_OP, "out", "be a folder that can be made", f"{made} ({error.strerror})", "name another") from error
     return made
 
 
