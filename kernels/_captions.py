@@ -9,11 +9,12 @@ Floor, bytes of a caption: forward T (h) + T (rows of W) times H; backward the s
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from fastcap.kernels._common import acc_of, block_of, factors_of, softcap
 
-MAX_TOKENS = 64  # of a caption, above which the [T, T] block would not fit in registers
+MAX_TOKENS = 64  # of a caption, above which the [T, T] block would not fit in registers; half in float64
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _caption_fwd_kernel(
     i_b = tl.program_id(0).to(tl.int64)
     o_t = tl.arange(0, BLOCK_T)
     p_target = target_ptr + i_b * target_strides[0]
-    y = tl.load(p_target + o_t * target_strides[1], mask=o_t < T, other=IGNORE_INDEX)
+    y = tl.load(p_target + o_t.to(tl.int64) * target_strides[1], mask=o_t < T, other=IGNORE_INDEX)
     valid = y != IGNORE_INDEX
     inside = valid & (y >= 0) & (y < V)
 
@@ -64,7 +65,7 @@ def _caption_fwd_kernel(
     wrong = tl.sum((valid & (inside == 0)).to(tl.int32), 0) > 0
     scale = tl.where(wrong, float("nan"), 1.0).to(ACC) + tl.zeros((BLOCK_T,), ACC)
     if token_weight_ptr is not None:
-        p_scale = token_weight_ptr + i_b * token_weight_strides[0] + o_t * token_weight_strides[1]
+        p_scale = token_weight_ptr + i_b * token_weight_strides[0] + o_t.to(tl.int64) * token_weight_strides[1]
         scale *= tl.load(p_scale, mask=valid, other=0.0)
     w = tl.full((BLOCK_T,), 1.0, ACC)
     if weight_ptr is not None:
@@ -110,14 +111,16 @@ def _caption_bwd_kernel(
     m_t = o_t < T
     o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = o_h < H
-    g = tl.load(grad_out_ptr + i_b * grad_out_strides[0] + o_t * grad_out_strides[1], mask=m_t, other=0.0)
+    p_g = grad_out_ptr + i_b * grad_out_strides[0] + o_t.to(tl.int64) * grad_out_strides[1]
+    g = tl.load(p_g, mask=m_t, other=0.0)
     g *= tl.load(inv_denom_ptr)
     p_dset = dset_ptr + (i_b * T + o_t[:, None]) * T + o_t[None, :]
     ds = tl.load(p_dset, mask=m_t[:, None] & m_t[None, :], other=0.0) * g[:, None]
     p_x = x_ptr + (i_b * T + o_t[:, None]) * H + o_h[None, :]
     x = tl.load(p_x, mask=m_t[:, None] & m_h[None, :], other=0.0)
     if NEED_X:
-        y = tl.load(target_ptr + i_b * target_strides[0] + o_t * target_strides[1], mask=m_t, other=-1)
+        p_y = target_ptr + i_b * target_strides[0] + o_t.to(tl.int64) * target_strides[1]
+        y = tl.load(p_y, mask=m_t, other=-1)
         words = _load_words(head_ptr, head_strides, y, (y >= 0) & (y < V) & m_t, o_h, m_h, FACTOR)
         dx = tl.dot(ds.to(FACTOR), words, input_precision=PRECISION, out_dtype=ACC)
         p_dx = dx_ptr + (i_b * T + o_t[:, None]) * H + o_h[None, :]
@@ -133,25 +136,27 @@ def _caption_bwd_kernel(
 class CaptionKernels:
     """The part of LinearKernels that launches these."""
 
-    def fuses(self):
+    def fuses(self, x):
         """Whether the candidates are a caption's own words, and few: one kernel then does it all."""
-        return self.own and 0 < self.target.shape[1] <= MAX_TOKENS
+        most = MAX_TOKENS // 2 if x.dtype == torch.float64 else MAX_TOKENS
+        return self.own and 0 < self.target.shape[1] <= most
 
     def caption_forward(self, x, head, loss, dset):
         losses = self._losses(loss)
         for name in ("IDS_PAD", "UNIQUE", "BLOCK_K", "BLOCK_T"):
             losses.pop(name)
-        self._launch(_caption_fwd_kernel, (self.target.shape[0],), 4, dict(
+        tiles = _tiles(x, self.target)
+        self._launch(_caption_fwd_kernel, (self.target.shape[0],), _warps(tiles), dict(
             x_ptr=x, head_ptr=head, bias_ptr=self.bias, target_ptr=self.target, weight_ptr=self.weight, loss_ptr=loss,
             dset_ptr=loss if dset is None else dset, head_strides=head.stride(), target_strides=self.target.stride(),
-            **losses, T=self.target.shape[1], V=self.V, H=x.shape[1], NEED_GRAD=dset is not None, **_tiles(x, self.target),
+            **losses, T=self.target.shape[1], V=self.V, H=x.shape[1], NEED_GRAD=dset is not None, **tiles,
         ))  # fmt: skip
 
     def caption_backward(self, x, head, dset, grad_out, inv_denom, dx, need_words):
         """Writes dx; returns the head's gradient by position, [N, H] and [N, 1]."""
         N, (B, T), tiles = x.shape[0], self.target.shape, _tiles(x, self.target)
         dwords, dbias = dset.new_empty(N if need_words else 0, x.shape[1]), dset.new_empty(N if need_words else 0, 1)
-        self._launch(_caption_bwd_kernel, (B, triton.cdiv(x.shape[1], tiles["BLOCK_H"])), 4, dict(
+        self._launch(_caption_bwd_kernel, (B, triton.cdiv(x.shape[1], tiles["BLOCK_H"])), _warps(tiles), dict(
             x_ptr=x, head_ptr=head, target_ptr=self.target, dset_ptr=dset, grad_out_ptr=grad_out, inv_denom_ptr=inv_denom,
             dx_ptr=x if dx is None else dx, dwords_ptr=dwords, dbias_ptr=dbias, head_strides=head.stride(),
             target_strides=self.target.stride(), grad_out_strides=grad_out.stride() if grad_out.dim() else (0, 0),
@@ -163,4 +168,11 @@ class CaptionKernels:
 def _tiles(x, target):
     """Blocks of the kernels of a caption, and how float32 is multiplied: as torch has been told."""
     precision, factor = factors_of(x)
-    return {"PRECISION": precision, "FACTOR": factor, "BLOCK_T": block_of(target.shape[1], MAX_TOKENS), "BLOCK_H": 64}
+    block = block_of(target.shape[1], MAX_TOKENS)
+    features = 32 if block > 32 and x.element_size() > 2 else 64  # 64 spill where H is odd
+    return {"PRECISION": precision, "FACTOR": factor, "BLOCK_T": block, "BLOCK_H": features}
+
+
+def _warps(tiles):
+    """With 4, tiles of 64 tokens spill in float32, and those of 32 in float64."""
+    return 8 if tiles["BLOCK_T"] > 32 or tiles["FACTOR"] == tl.float64 else 4

@@ -44,12 +44,9 @@ def run(launches: list[Launch], on: torch.Tensor) -> None:
             launch.run()
 
 
-def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
-    """The object that `launch` would run on a GPU of that kind, compiled without one.
-
-    The specialisation is the runtime's: an argument that is None or 1 is a constant, one divisible by 16 is marked so.
-    """
-    from triton.backends.compiler import GPUTarget
+def source_of(launch: Launch):
+    """What Triton compiles for `launch`, specialised as its launcher does: an argument that is None or 1 is a constant, one
+    divisible by 16 is marked so."""
     from triton.compiler import ASTSource
 
     signature, constants, divisible = {}, {}, []
@@ -76,9 +73,15 @@ def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
             if value % 16 == 0:
                 divisible.append(index)
     attrs = {(i if isinstance(i, tuple) else (i,)): [["tt.divisibility", 16]] for i in divisible}
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+
+
+def compile_for(launch: Launch, backend: str, arch: int | str, warp_size: int):
+    """The object that `launch` would run on a GPU of that kind, compiled without one."""
+    from triton.backends.compiler import GPUTarget
+
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
+    return triton.compile(source_of(launch), target=GPUTarget(backend, arch, warp_size), options=options)
 
 
 def block_of(n: int, most: int) -> int:

@@ -35,8 +35,9 @@ def excluded_marks(ids: Tensor, pad: int, V: int) -> Tensor:
 
     Ids out of range are left out: the loss of the token that has one reports it.
     """
-    ids = ids.squeeze(1)
+    ids, B = ids.squeeze(1), ids.shape[0]
     nowhere = (ids < 0) | (ids >= V) | (ids == pad)
-    marks = torch.zeros(ids.shape[0], V + 1, dtype=torch.uint8, device=ids.device)
-    marks.scatter_(1, ids.masked_fill(nowhere, V), 1)
-    return marks[:, :V].contiguous()
+    places = ids + torch.arange(0, B * V, V, device=ids.device).unsqueeze(1)
+    marks = torch.zeros(B * V + 1, dtype=torch.uint8, device=ids.device)  # the last is nowhere, and cut off
+    marks.scatter_(0, places.masked_fill(nowhere, B * V).flatten(), 1)
+    return marks[:-1].view(B, V)

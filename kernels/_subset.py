@@ -71,7 +71,7 @@ def token_of(
     if FIRST_FULL:
         earlier = tl.zeros((), tl.int32)
         for past in range(0, i_t, BLOCK_T):
-            o_t = past + tl.arange(0, BLOCK_T)
+            o_t = past + tl.arange(0, BLOCK_T).to(tl.int64)
             labels = tl.load(
                 target_ptr + i_b * target_strides[0] + o_t * target_strides[1], mask=o_t < i_t, other=IGNORE_INDEX
             )
@@ -92,11 +92,11 @@ def token_of(
 def load_ids(p_ids, ids_strides, start, K, y, IDS_PAD: tl.constexpr, UNIQUE: tl.constexpr, BLOCK_K: tl.constexpr):
     """A block of a token's ids, and which of them are candidates beside the target: no pad, no repeat, not the target."""
     o_k = start + tl.arange(0, BLOCK_K)
-    ids = tl.load(p_ids + o_k * ids_strides[2], mask=o_k < K, other=IDS_PAD)
+    ids = tl.load(p_ids + o_k.to(tl.int64) * ids_strides[2], mask=o_k < K, other=IDS_PAD)
     m_k = (ids != IDS_PAD) & (ids != y) & (o_k < K)
     if not UNIQUE:  # then K <= BLOCK_K, and this is the only block
         o_j = tl.arange(0, BLOCK_K)
-        others = tl.load(p_ids + o_j * ids_strides[2], mask=o_j < K, other=IDS_PAD)
+        others = tl.load(p_ids + o_j.to(tl.int64) * ids_strides[2], mask=o_j < K, other=IDS_PAD)
         repeats = (ids[:, None] == others[None, :]) & (o_j[None, :] < o_k[:, None])
         m_k &= tl.sum(repeats.to(tl.int32), 1) == 0
     return ids, m_k

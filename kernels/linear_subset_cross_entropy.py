@@ -146,7 +146,7 @@ def _linear_subset_cross_entropy_absorb_kernel(
         p_ids = ids_ptr + i_b * ids_strides[0] + i_t * ids_strides[1]
         for start in range(0, K, BLOCK_K):
             o_k = start + tl.arange(0, BLOCK_K)
-            ids = tl.load(p_ids + o_k * ids_strides[2], mask=o_k < K, other=IDS_PAD)
+            ids = tl.load(p_ids + o_k.to(tl.int64) * ids_strides[2], mask=o_k < K, other=IDS_PAD)
             m_k = (o_k < K) & (ids != IDS_PAD) & (ids >= begin) & (ids < begin + P)
             picked = tl.load(p_row + (ids - begin), mask=m_k, other=0.0).to(ACC)  # bias and cap come with `finish`
             tl.store(picks_ptr + i_n * C + 1 + o_k, picked, mask=m_k)
@@ -167,6 +167,7 @@ def _linear_subset_cross_entropy_finish_kernel(
 ):  # fmt: skip
     smoothing, z_loss = tl.full((), smoothing, ACC), tl.full((), z_loss, ACC)
     mle_weight = tl.full((), mle_weight, ACC)
+    N = tl.full((), N, tl.int64)  # 7 N may not fit 32 bits
     i_n = tl.program_id(0).to(tl.int64)
     place = _place(rows_ptr, i_n)
     i_b, i_t = place // T, place % T
@@ -247,6 +248,7 @@ def _linear_subset_cross_entropy_emit_kernel(
     gone = o_p * 0
     if IS_REVERSE:
         gone = tl.load(excluded_ptr + i_b * V + begin + o_p, mask=m_p, other=1).to(tl.int32)
+    N = tl.full((), N, tl.int64)
     lse_f, a_f = tl.load(stats_ptr + LSE_F * N + i_n), tl.load(stats_ptr + A_F * N + i_n)
     s_f, d_f = tl.load(stats_ptr + S_F * N + i_n), tl.load(stats_ptr + D_F * N + i_n)
     lse_r, a_r = tl.load(stats_ptr + LSE_S * N + i_n), tl.load(stats_ptr + A_S * N + i_n)

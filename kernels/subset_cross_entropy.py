@@ -47,6 +47,7 @@ def _subset_cross_entropy_fwd_kernel(
 ):  # fmt: skip
     smoothing, z_loss = tl.full((), smoothing, ACC), tl.full((), z_loss, ACC)
     mle_weight = tl.full((), mle_weight, ACC)
+    N = tl.full((), N, tl.int64)  # 7 N may not fit 32 bits
     i_n = tl.program_id(0).to(tl.int64)
     i_b, i_t = i_n // T, i_n % T
     p_row = input_ptr + i_b * input_strides[0] + i_t * input_strides[1]
@@ -201,6 +202,7 @@ def _subset_cross_entropy_bwd_kernel(
     g *= tl.load(inv_denom_ptr)
 
     if IS_DENSE:
+        N = tl.full((), N, tl.int64)
         lse_f, a_f = tl.load(stats_ptr + LSE_F * N + i_n), tl.load(stats_ptr + A_F * N + i_n)
         s_f, d_f = tl.load(stats_ptr + S_F * N + i_n), tl.load(stats_ptr + D_F * N + i_n)
         lse_r, a_r = tl.load(stats_ptr + LSE_S * N + i_n), tl.load(stats_ptr + A_S * N + i_n)

@@ -22,9 +22,11 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 STEMS = dict.fromkeys(operation.stem or name for name, operation in OPERATIONS.items())
-FILES = [
-    f"test_{stem}.py" for stem in ("all_ops", "kernels_interpreter", "show_attend_tell", "contrastive_reward_triton", *STEMS)
-]
+OTHERS = (
+    "all_ops", "kernels_interpreter", "show_attend_tell", "contrastive_reward_triton", "cross_entropy_bounds",
+    "attention_bounds",
+)  # fmt: skip
+FILES = [f"test_{stem}.py" for stem in (*OTHERS, *STEMS)]
 
 
 @pytest.mark.skipif(INTERPRETING, reason="this is the process that it would start")

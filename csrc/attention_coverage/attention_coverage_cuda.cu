@@ -1,9 +1,8 @@
 // Forward: a block sums some columns of one caption and head over the steps, its 256 threads laid out as rows of packs of 16
 // bytes; a second kernel of one block adds what the blocks found, in a fixed order. Backward: the same layout, written. See
 // the header for the maths and the floor, and kernels/attention_coverage.py for the same algorithm in Triton.
-#include <string>
-
 #include "../common/check.h"
+#include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "attention_coverage.h"
 
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Acc>
-__global__ void reduce_kernel(const Acc* parts, int64_t n, Acc scale, Acc* out) {
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(const Acc* parts, int64_t n, Acc scale, Acc* out) {
   __shared__ Acc shared[32];
   Acc total = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) total += parts[i];
@@ -126,17 +125,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastcap.attention_coverage: CUDA: ") + cudaGetErrorString(error));
-}
-
-unsigned grid_of(int64_t blocks) {
-  if (blocks > 2147483647) bad(kOp, "alpha", "need at most 2^31 - 1 blocks", blocks, "split the batch");
-  return static_cast<unsigned>(blocks);
-}
-
 // Whether each row of x can be read or written by 16 bytes.
 bool packs(const Tensor& x, const CoverageShape& s) {
   const int64_t pack = 16 / item_size(x.dtype);
@@ -157,16 +145,17 @@ void forward(const AttentionCoverageForward& args, cudaStream_t stream) {
   const CoverageShape s(args.alpha);
   const bool packed = packs(args.alpha, s);
   const int64_t blocks = blocks_of_row(args.alpha, s, packed), n = s.rows() * blocks;
+  const unsigned grid = grid_of(kOp, "alpha", n);
   if (packed)
-    forward_kernel<T, kPack><<<grid_of(n), kThreads, 0, stream>>>(args, s, blocks, static_cast<Acc>(args.target));
+    forward_kernel<T, kPack><<<grid, kThreads, 0, stream>>>(args, s, blocks, static_cast<Acc>(args.target));
   else
-    forward_kernel<T, 1><<<grid_of(n), kThreads, 0, stream>>>(args, s, blocks, static_cast<Acc>(args.target));
-  check_launch();
+    forward_kernel<T, 1><<<grid, kThreads, 0, stream>>>(args, s, blocks, static_cast<Acc>(args.target));
+  check_launch(kOp);
   if (args.reduction == CoverageReduction::kNone) return;
   reduce_kernel<Acc><<<1, kReduceThreads, 0, stream>>>(static_cast<const Acc*>(args.scratch.data), n,
                                                        static_cast<Acc>(s.scale(args.reduction)),
                                                        static_cast<Acc*>(args.out.data));
-  check_launch();
+  check_launch(kOp);
 }
 
 template <typename T>
@@ -176,12 +165,13 @@ void backward(const AttentionCoverageBackward& args, cudaStream_t stream) {
   const CoverageShape s(args.dalpha);
   const bool packed = packs(args.dalpha, s);
   const int64_t blocks = blocks_of_row(args.dalpha, s, packed);
+  const unsigned grid = grid_of(kOp, "alpha", s.rows() * blocks);
   const Acc scale = static_cast<Acc>(-2.0 * s.scale(args.reduction));
   if (packed)
-    backward_kernel<T, kPack><<<grid_of(s.rows() * blocks), kThreads, 0, stream>>>(args, s, blocks, scale);
+    backward_kernel<T, kPack><<<grid, kThreads, 0, stream>>>(args, s, blocks, scale);
   else
-    backward_kernel<T, 1><<<grid_of(s.rows() * blocks), kThreads, 0, stream>>>(args, s, blocks, scale);
-  check_launch();
+    backward_kernel<T, 1><<<grid, kThreads, 0, stream>>>(args, s, blocks, scale);
+  check_launch(kOp);
 }
 
 template <typename Fn>

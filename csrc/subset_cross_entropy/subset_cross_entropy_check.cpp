@@ -20,8 +20,10 @@ void check_subset_cross_entropy(const SubsetCrossEntropyForward& args, const Sub
   check_shape(kOp, "target", args.target, {B, T});
   check_dtype(kOp, "target", args.target, DType::kInt64);
   if (o.subset != Subset::kFull) {
-    if (args.ids.ndim != 3 || args.ids.sizes[0] != B || (args.ids.sizes[1] != T && args.ids.sizes[1] != 1))
-      bad(kOp, "subset", "have shape [B, T, K]", shape_of(args.ids), "pass ids of shape [K] or [B, K]");
+    const bool reverse = o.subset == Subset::kReverse;
+    if (args.ids.ndim != 3 || args.ids.sizes[0] != B || args.ids.sizes[1] != (reverse ? 1 : T))
+      bad(kOp, "subset", reverse ? "have shape [B, 1, K]" : "have shape [B, T, K]", shape_of(args.ids),
+          "pass ids of shape [K] or [B, K]");
     check_shape(kOp, "subset", args.ids, {B, args.ids.sizes[1], args.ids.sizes[2]});
     check_dtype(kOp, "subset", args.ids, DType::kInt64);
   }

@@ -1,8 +1,7 @@
 // One block a token forward, one block a piece of a token's row backward; see the header for the maths and the floor, and
 // kernels/subset_cross_entropy.py for the same algorithm in Triton.
-#include <string>
-
 #include "../common/check.h"
+#include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "subset_cross_entropy.h"
 
@@ -220,7 +219,8 @@ __global__ void forward_kernel(SubsetCrossEntropyForward args, Tensor excluded, 
 
 // The sum or mean over tokens by one block, so in a fixed order.
 template <typename Acc>
-__global__ void reduce_kernel(const Acc* scratch, int64_t N, Acc* out, Acc* inv_denom, bool mean) {
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_kernel(const Acc* scratch, int64_t N, Acc* out, Acc* inv_denom, bool mean) {
   __shared__ Acc shared[32];
   Acc loss = 0, denom = 0;
   for (int64_t i = threadIdx.x; i < N; i += blockDim.x) loss += scratch[i], denom += scratch[N + i];
@@ -293,29 +293,18 @@ __global__ void backward_kernel(SubsetCrossEntropyBackward args, Tensor excluded
   }
 }
 
-void check_launch() {
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("fastcap.subset_cross_entropy: CUDA: ") + cudaGetErrorString(error));
-}
-
-unsigned grid_of(int64_t blocks) {
-  if (blocks > 2147483647) bad(kOp, "input", "need at most 2^31 - 1 blocks", blocks, "split the batch");
-  return static_cast<unsigned>(blocks);
-}
-
 template <typename T>
 void forward(const SubsetCrossEntropyForward& args, const Tensor& excluded, const SubsetOptions& o, cudaStream_t stream) {
   using Acc = typename AccOf<T>::type;
   const int64_t N = args.input.sizes[0] * args.input.sizes[1];
   const int threads = o.is_dense() ? kThreads : kSetThreads;
-  forward_kernel<T><<<grid_of(N), threads, 0, stream>>>(args, excluded, params_of<Acc>(o));
-  check_launch();
+  forward_kernel<T><<<grid_of(kOp, "input", N), threads, 0, stream>>>(args, excluded, params_of<Acc>(o));
+  check_launch(kOp);
   Acc* scratch = static_cast<Acc*>(args.scratch.data);
   if (o.reduction != 0) {
     reduce_kernel<Acc><<<1, kReduceThreads, 0, stream>>>(scratch, N, static_cast<Acc*>(args.out.data),
                                                          static_cast<Acc*>(args.inv_denom.data), o.reduction == 1);
-    check_launch();
+    check_launch(kOp);
   }
 }
 
@@ -325,8 +314,8 @@ void backward(const SubsetCrossEntropyBackward& args, const Tensor& excluded, co
   constexpr int64_t kPack = Pack<T>::kSize, kPiece = static_cast<int64_t>(kThreads) * kPacksPerThread * kPack;
   const int64_t N = args.dinput.sizes[0] * args.dinput.sizes[1], V = args.dinput.sizes[2];
   const int64_t pieces = (V + kPack - 1 + kPiece - 1) / kPiece;
-  backward_kernel<T><<<grid_of(N * pieces), kThreads, 0, stream>>>(args, excluded, params_of<Acc>(o), pieces);
-  check_launch();
+  backward_kernel<T><<<grid_of(kOp, "input", N * pieces), kThreads, 0, stream>>>(args, excluded, params_of<Acc>(o), pieces);
+  check_launch(kOp);
 }
 
 template <typename Fn>
@@ -371,6 +360,8 @@ void subset_cross_entropy_bwd_cuda(const SubsetCrossEntropyBackward& args, const
                                    const SubsetOptions& options, void* stream) {
   check_subset_cross_entropy(args, options);
   check_excluded(excluded, args.dinput.sizes[0], args.dinput.sizes[2], options);
+  if (const auto offset = reinterpret_cast<uintptr_t>(args.dinput.data) % 16)  // it is written by 16 bytes
+    bad(kOp, "dinput", "start at a multiple of 16 bytes", offset, "pass a fresh tensor");
   dispatch(args.dinput.dtype,
            [&](auto t) { backward<decltype(t)>(args, excluded, options, static_cast<cudaStream_t>(stream)); });
 }

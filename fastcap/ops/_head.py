@@ -25,6 +25,7 @@ from fastcap.ops._plans import Sizes, block_rows, has_set, panel_columns, sizes_
 from fastcap.ops._subset import Options
 
 GATHERED = 8 << 20  # bytes of the head's rows that are gathered at once
+MAX_BATCH = 65_535  # matrices of a batched product: what a library may put in the z of its grid
 NUM_STATS = 8  # enum Stat in csrc/common/subset.h
 
 
@@ -84,13 +85,13 @@ def _groups(head: Head) -> tuple[Tensor, Tensor]:
 
 def _chunks(x: Tensor, ids: Tensor, H: int):
     """Ranges of groups whose rows of the head, gathered, take GATHERED bytes."""
-    size = max(1, GATHERED // max(1, ids.shape[1] * H * x.element_size()))
+    size = max(1, min(MAX_BATCH, GATHERED // max(1, ids.shape[1] * H * x.element_size())))
     return [(begin, min(begin + size, ids.shape[0])) for begin in range(0, ids.shape[0], size)]
 
 
 def set_forward(head: Head, loss: Tensor, dset: Tensor | None) -> None:
     """Losses of the tokens that choose among few words, and d loss / d score."""
-    if head.kernels.fuses():
+    if head.kernels.fuses(head.x):
         head.kernels.caption_forward(head.x, head.linear_weight, loss, dset)
         return
     x, ids = _groups(head)
@@ -100,7 +101,10 @@ def set_forward(head: Head, loss: Tensor, dset: Tensor | None) -> None:
         torch.bmm(x[begin:end], head.gather(ids[begin:end]).mT, out=scores[begin:end])
     score_y = None
     if head.ids is not None:
-        score_y = torch.bmm(head.x.unsqueeze(1), head.gather(head.target.flatten()).unsqueeze(2)).view(B, T)
+        score_y, y = x.new_empty(B, T), head.target.reshape(-1, 1)
+        for begin, end in _chunks(head.x, y, head.x.shape[1]):
+            out = score_y.view(-1, 1, 1)[begin:end]
+            torch.bmm(head.x[begin:end].unsqueeze(1), head.gather(y[begin:end]).mT, out=out)
     head.kernels.set(scores.view(B, T, -1), score_y, loss, dset)
 
 
@@ -112,7 +116,7 @@ def set_backward(
     (G, R, H), K, N = x.shape, ids.shape[1], head.target.numel()
     M = G * K
     own = by_place = None
-    if head.kernels.fuses():
+    if head.kernels.fuses(head.x):
         by_place = head.kernels.caption_backward(
             head.x, head.linear_weight, kept.dset, grad_out, kept.inv_denom, dx, need_weight or need_bias
         )
@@ -126,7 +130,9 @@ def set_backward(
             for begin, end in _chunks(x, ids, H):
                 torch.bmm(low[begin:end], head.gather(ids[begin:end]), out=dx.view(G, R, H)[begin:end])
             if own is not None:
-                dx += own.to(x.dtype) * head.gather(head.target.flatten())
+                y = head.target.reshape(-1, 1)
+                for begin, end in _chunks(head.x, y, H):
+                    dx[begin:end] += own[begin:end].to(x.dtype) * head.gather(y[begin:end, 0])
     if not (need_weight or need_bias):
         return None
     every = _marked(ids.flatten(), head.options.ids_pad)
@@ -155,8 +161,8 @@ def set_backward(
 
 
 def _marked(ids: Tensor, pad: int) -> Tensor:
-    """`ids` with -1 for `pad`."""
-    return ids if pad == -1 else ids.masked_fill(ids == pad, -1)
+    """`ids` [M] with -1 for `pad`, contiguous: flattening may have left them far apart."""
+    return ids.contiguous() if pad == -1 else ids.masked_fill(ids == pad, -1)
 
 
 # The whole vocabulary --------------------------------------------------------------------------------------------------
@@ -187,7 +193,8 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 def _column_sums(logits: Tensor, factor: Tensor) -> Tensor:
     """[P]: the sum of the rows times their factor, in the dtype of the factor."""
     if logits.dtype == torch.float16:  # whose sums overflow, and whose small factors vanish
-        return (logits.to(factor.dtype) * factor).sum(0)
+        size = -(-logits.shape[1] // 8)  # of columns, which are made wider, twice
+        return torch.cat([(part.to(factor.dtype) * factor).sum(0) for part in logits.split(size, 1)])
     if factor.dim() == 0:
         return (logits.new_ones(1, logits.shape[0]) @ logits).view(-1).to(factor.dtype) * factor
     return (factor.to(logits.dtype).T @ logits).view(-1).to(factor.dtype)

@@ -233,7 +233,7 @@ class LinearKernels:
     def kept_rows(self, rows: Tensor) -> Tensor:
         return rows[: int((rows >= 0).sum())]
 
-    def fuses(self) -> bool:
+    def fuses(self, x: Tensor) -> bool:
         """Products are torch's on the CPU."""
         return False
 

@@ -13,6 +13,7 @@ from fastcap.ops import _checks
 
 SUBSETS = ("caption", "full", "reverse", "random")
 REDUCTIONS = ("none", "mean", "sum")
+MAX_WORDS = 2**31 - 2**16  # kernels count columns in 32 bits, and a block beyond the last
 
 
 class Options(NamedTuple):
@@ -185,6 +186,11 @@ def prepare(
     mle_weight = 0.0 if kind == "full" else mle_weight
     options = Options(kind, pad, first_full, mle_weight, label_smoothing, softcap, z_loss, ignore_index, reduction)
     return ids, weight, token_weight, options
+
+
+def check_words(op: str, name: str, V: int) -> None:
+    if V > MAX_WORDS:
+        raise bad(op, name, f"have at most {MAX_WORDS} words", V, "check that the vocabulary is its right dimension")
 
 
 def check_values(op: str, target: Tensor, ids: Tensor | None, V: int, options: Options) -> None:

@@ -369,6 +369,7 @@ def _check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None
     if linear_weight.dim() != 2 or linear_weight.shape[0] < 1 or linear_weight.shape[1] != input.shape[2]:
         rule = f"have shape [V, H] with V >= 1 and H = {input.shape[2]}"
         raise bad(OP, "linear_weight", rule, list(linear_weight.shape), "pass head.weight, a row for each word")
+    _subset.check_words(OP, "linear_weight", linear_weight.shape[0])
     _checks.check_device(OP, "linear_weight", linear_weight, input)
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     if linear_bias is not None:

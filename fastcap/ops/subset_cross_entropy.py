@@ -225,6 +225,7 @@ def subset_cross_entropy(
     """
     input, target, token_weight, flat = _subset.shape_input(OP, input, target, token_weight, ignore_index, "V", "logits")
     V = input.shape[2]
+    _subset.check_words(OP, "input", V)
     ids, weight, token_weight, options = _subset.prepare(
         OP, input, target, V, subset=subset, first_token=first_token, mle_weight=mle_weight, weight=weight,
         token_weight=token_weight, ignore_index=ignore_index, label_smoothing=label_smoothing, logit_softcap=logit_softcap,

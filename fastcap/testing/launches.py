@@ -20,8 +20,10 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def plan_subset_cross_entropy(B: int, T: int, V: int, dtype: torch.dtype, **options: Any) -> list[Any]:
-    """The Triton launches of one forward and backward, planned on meta tensors: nothing is allocated or launched."""
+def plan_subset_cross_entropy(
+    B: int, T: int, V: int, dtype: torch.dtype, *, backward: bool = True, **options: Any
+) -> list[Any]:
+    """The Triton launches of one forward, and its backward, planned on meta tensors: nothing is allocated or launched."""
     from fastcap.kernels import subset_cross_entropy as kernels
     from fastcap.ops.subset_cross_entropy import _fwd_outputs
 
@@ -29,15 +31,16 @@ def plan_subset_cross_entropy(B: int, T: int, V: int, dtype: torch.dtype, **opti
     target = torch.empty(B, T, dtype=torch.int64, device="meta")
     ids, weight, token_weight, options = _subset.prepare("subset_cross_entropy", input, target, V, **{**DEFAULTS, **options})
     ids = ids.expand(B, T, -1) if options.kind == "set" else ids
-    out, inv_denom, stats, cols, dset = _fwd_outputs(input, ids, options, True)
+    out, inv_denom, stats, cols, dset = _fwd_outputs(input, ids, options, backward)
     forward = kernels.plan_subset_cross_entropy_fwd(
         input, target, ids, weight, token_weight, out, inv_denom, stats, cols, dset, options
     )
-    backward = kernels.plan_subset_cross_entropy_bwd(
+    if not backward:
+        return forward
+    return forward + kernels.plan_subset_cross_entropy_bwd(
         torch.empty_like(out), inv_denom, input if options.is_dense else None, target,
         ids if options.kind == "reverse" else None, weight, stats, cols, dset, torch.empty_like(input), options,
     )  # fmt: skip
-    return forward + backward
 
 
 def subset_cross_entropy() -> Iterator[tuple[str, list[Any]]]:
@@ -66,11 +69,23 @@ def subset_cross_entropy() -> Iterator[tuple[str, list[Any]]]:
 
 
 def plan_linear_subset_cross_entropy(
-    B: int, T: int, V: int, H: int, dtype: torch.dtype, plan: str = "keep", bias: bool = True, **options: Any
+    B: int,
+    T: int,
+    V: int,
+    H: int,
+    dtype: torch.dtype,
+    plan: str = "keep",
+    bias: bool = True,
+    *,
+    backward: bool = True,
+    budget: int | None = 8 << 20,
+    grad_weight: str = "dense",
+    **options: Any,
 ) -> list[Any]:
-    """One forward and backward in a plan of _head.py, for tokens that need all logits."""
+    """One forward, and its backward, in a plan of _head.py for tokens that need all logits: "auto" is what a GPU chooses
+    within `budget` bytes (None: the operation's own)."""
     from fastcap.kernels.linear_subset_cross_entropy import LinearKernels
-    from fastcap.ops.linear_subset_cross_entropy import _Call, _fwd_outputs
+    from fastcap.ops.linear_subset_cross_entropy import DEFAULT_BUDGET, _Call, _fwd_outputs
 
     def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -80,7 +95,13 @@ def plan_linear_subset_cross_entropy(
     ids, weight, token_weight, options = _subset.prepare("linear_subset_cross_entropy", input, target, V, **given)
     if given["subset"] == "caption" and options.kind == "set":
         ids = None
-    call = _Call(True, True, bias, plan if _plans.dense_rows(options, B, T) else "none", 8 << 20, "triton")
+    budget = DEFAULT_BUDGET if budget is None else budget
+    if plan == "auto":
+        early, gradients = options.reduction != "none" and dtype != torch.float16, grad_weight if backward else "none"
+        sizes = _plans.sizes_of(input, linear_weight, options, B, T)
+        plan = _plans.choose(sizes, budget, "cuda", early=early, gradients=gradients)
+    plan = plan if _plans.dense_rows(options, B, T) else "none"
+    call = _Call(backward, backward, bias and backward, plan, budget, "triton")
     launches: list[Any] = []
     linear_bias = empty(V, dtype=torch.float32) if bias else None
     kernels = LinearKernels(target, ids, weight, token_weight, linear_bias, V, options, plan=launches)
@@ -89,11 +110,14 @@ def plan_linear_subset_cross_entropy(
     loss = empty(B, T, dtype=out.dtype)
     rows = kernels.find_rows(kept.rows, kept.inv_denom)
     if _plans.has_set(options):
-        _head.set_forward(head, loss, kept.dset)
-    if call.plan != "none":
-        _head.dense_forward(head, plan, rows, loss, kept, True)
+        _head.set_forward(head, loss, kept.dset if backward else None)
+    if plan != "none":
+        _head.dense_forward(head, plan, rows, loss, kept, backward)
     kernels.reduce(loss, kept.inv_denom, out)
-    _head.backward(head, call.plan, kept, torch.empty_like(out), *call[:3], None, False, False)
+    if backward:
+        into = empty(V, H, dtype=out.dtype) if grad_weight == "accumulate" else None
+        kernels.sparse_rows = lambda ids, values, shape: values  # the real one waits for a device, and launches nothing
+        _head.backward(head, plan, kept, torch.empty_like(out), *call[:3], into, grad_weight == "sparse", overwrite=False)
     return launches
 
 
