@@ -94,6 +94,8 @@ def _contrastive_reward_others_fwd_kernel(
             s = tl.load(own_ptr + p, mask=m & (p != i1), other=float("-inf"))
             value = m1 + tl.log(1 + (sum1 - tl.exp(s - shift1)))
             value = tl.where(is_first, m2 + tl.log(tl.where(i2 >= 0, sum2, 1.0)), value)
+            top = tl.where(is_first, m2, m1)
+            value = tl.where(top == float("inf"), top, value)  # differences of infinite scores are no numbers
         else:
             value = tl.where(is_first, m2, m1)
             tl.store(index_ptr + p, tl.where(is_first, i2, i1), mask=m)

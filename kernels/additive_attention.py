@@ -51,7 +51,7 @@ def _scores_kernel(
         o_a = start + tl.arange(0, BLOCK_A)
         m_a = o_a < A
         k = _tile(keys_ptr, keys_strides, i_b, o_l, o_a, counts, m_a, ACC)
-        q = tl.load(query_ptr + i_b * query_strides[0] + o_a * query_strides[1], mask=m_a, other=0.0)
+        q = tl.load(query_ptr + i_b * query_strides[0] + o_a.to(tl.int64) * query_strides[1], mask=m_a, other=0.0)
         v = tl.load(v_ptr + o_a, mask=m_a, other=0.0)
         parts += v[None, :] * activate(k + q[None, :], TANH)
     tl.store(alpha_ptr + i_b * L + o_l, tl.sum(parts, 1), mask=counts)
@@ -88,7 +88,7 @@ def _context_kernel(
     p_weights = weights_ptr + i_b * weights_strides[0]
     parts = tl.zeros((BLOCK_L, BLOCK_D), ACC)
     o_l = tl.arange(0, BLOCK_L)
-    w = tl.load(p_weights + o_l * weights_strides[1], mask=o_l < L, other=0.0)
+    w = tl.load(p_weights + o_l.to(tl.int64) * weights_strides[1], mask=o_l < L, other=0.0)
     for start in range(0, L, BLOCK_L):
         x = _tile(values_ptr, values_strides, i_b, start + o_l, o_d, w != 0, m_d, ACC)
         # the next weights come while these values do: the mask of the next loads waits for them
@@ -118,7 +118,8 @@ def _context_bwd_kernel(
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = o_d < D
-        dc = tl.load(dcontext_ptr + i_b * dcontext_strides[0] + o_d * dcontext_strides[1], mask=m_d, other=0.0)[None, :]
+        p_dc = dcontext_ptr + i_b * dcontext_strides[0] + o_d.to(tl.int64) * dcontext_strides[1]
+        dc = tl.load(p_dc, mask=m_d, other=0.0)[None, :]
         if dweights_ptr is not None:
             parts += dc * _tile(values_ptr, values_strides, i_b, o_l, o_d, m_l, m_d, ACC)
         if dvalues_ptr is not None:
@@ -150,7 +151,7 @@ def _weights_bwd_kernel(
         means += tl.where(w != 0, w * dw, 0.0)
     mean = tl.sum(means, 0)
 
-    q = tl.load(query_ptr + i_b * query_strides[0] + o_a * query_strides[1], mask=m_a, other=0.0)
+    q = tl.load(query_ptr + i_b * query_strides[0] + o_a.to(tl.int64) * query_strides[1], mask=m_a, other=0.0)
     v = tl.load(v_ptr + o_a, mask=m_a, other=0.0)
     slopes, heights = tl.zeros((BLOCK_L, BLOCK_A), ACC), tl.zeros((BLOCK_L, BLOCK_A), ACC)
     for start in range(0, L, BLOCK_L):

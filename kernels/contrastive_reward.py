@@ -135,19 +135,33 @@ def _factors(text, image, precision):
     return text, image, "tf32" if text.dtype == torch.float32 and precision == "high" else "ieee"
 
 
+def _even(x, depth: int):
+    """x, or a copy of it whose rows begin at multiples of 16 numbers, which are read by 16 bytes; others would come number
+    by number through registers, and overflow these. Rows of no whole 16 numbers end with zeros up to a whole block."""
+    D = x.shape[1]
+    begins = x.storage_offset() * x.element_size() % 16 == 0
+    if begins and x.stride(1) == 1 and x.stride(0) % 16 == 0 and D % 16 == 0:
+        return x
+    copy = x.new_zeros(x.shape[0], D if D % 16 == 0 else triton.cdiv(D, depth) * depth)
+    copy[:, :D] = x
+    return copy
+
+
 def _run_as(tile: Tile) -> dict[str, object]:
     return dict(num_warps=tile.warps, num_stages=tile.stages, majors=tile.majors, shared=tile.shared)
 
 
 def _common(tiles, text, image, positive, row_factor, col_factor, precision, device) -> tuple[dict[str, object], Tile]:
     """What both kernels of tiles take."""
-    (P, D), Q = text.shape, image.shape[0]
+    P, Q = text.shape[0], image.shape[0]
     kinds = {torch.float32: "tf32" if precision == "tf32" else "float32", torch.float64: "float64"}
     tile = _tile_of(tiles[kinds.get(text.dtype, "half")], P, Q, device)
     factor = TYPES[text.dtype]
     if factor == tl.bfloat16 and text.device.type == "cpu":
         factor = tl.float32  # Triton's interpreter multiplies the bits of bfloat16
-    depth, block_p, block_q = block_of(D, tile.depth), block_of(P, tile.rows), block_of(Q, tile.cols)
+    depth, block_p, block_q = block_of(text.shape[1], tile.depth), block_of(P, tile.rows), block_of(Q, tile.cols)
+    text, image = _even(text, depth), _even(image, depth)
+    D = text.shape[1]  # image's too: both are filled up, or neither
     reach = (n * x.stride(0) + depth * x.stride(1) for x, n in ((text, block_p), (image, block_q)))
     return dict(
         text_ptr=text, image_ptr=image, positive_ptr=positive.contiguous(),

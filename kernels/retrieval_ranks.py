@@ -171,12 +171,15 @@ def plan_retrieval_ranks_fwd(
     common, Q = _common(text, image, normalize, text_norm, image_norm), image.shape[0]
     names = ("above_images_ptr", "tied_images_ptr", "above_texts_ptr", "tied_texts_ptr")
     V, block = text.shape[0] + Q, common["BLOCK"]
-    groups = triton.cdiv(V, block * COL_BLOCKS)
-    return [Launch(_counts_kernel, (triton.cdiv(end - begin, block) * groups,), dict(
+    row_blocks, col_blocks = triton.cdiv(end - begin, block), COL_BLOCKS
+    while row_blocks * triton.cdiv(V, block * col_blocks) >= 2**31:  # more programs than a GPU launches
+        col_blocks *= 2
+    groups = triton.cdiv(V, block * col_blocks)
+    return [Launch(_counts_kernel, (row_blocks * groups,), dict(
         **common, **_columns(positive, own, text_same, order, Q), **dict(zip(names, counts, strict=True)),
         own_ptr=own, positive_ptr=positive.contiguous(), positive_same_ptr=image_same[positive.clamp(0, Q - 1)],
         text_same_ptr=text_same, image_same_ptr=image_same,
-        BEGIN=begin, END=end, V=V, GROUPS=groups, COL_BLOCKS=COL_BLOCKS,
+        BEGIN=begin, END=end, V=V, GROUPS=groups, COL_BLOCKS=col_blocks,
     ), num_warps=BLOCKS[text.element_size()][2])]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from fastcap.ops import _checks, _dtypes
 
 OP = "additive_attention"
 ACTIVATIONS = ("tanh", "relu")
+# operator -> what has a row for each of what, where the gradient of the latter is asked for, and their places
+WHOLE = {"weights_bwd": ("query", 3, "keys", 2), "context_bwd": ("weights", 1, "values", 2)}
 
 
 def _check_float(name: str, x: object, remedy: str) -> None:
@@ -41,12 +43,18 @@ def check_memory(keys: Tensor, v: Tensor, values: Tensor, activation: str, mask:
         _checks.check_device(OP, "mask", mask, keys)
 
 
-def check_options(given: list, backend: str) -> None:
-    """Of an operator that is called by itself: the public functions pass nothing else."""
+def check_operator(name: str, given: list, backend: str) -> None:
+    """The options of an operator that is called by itself, and that it can fill what it returns: the public functions pass
+    nothing else."""
     if backend not in ("cpp", "triton"):
         raise bad(OP, "backend", "be 'cpp' or 'triton'", backend, "call the public function")
     for activation in (value for value in given if isinstance(value, str)):
         _checks.check_choice(OP, "activation", activation, ACTIVATIONS, "call the public function")
+    if name in WHOLE and given[-1]:
+        one, i, other, j = WHOLE[name]
+        if given[i].shape[0] != given[j].shape[0]:
+            rule = f"have a row for each of {other}, {given[j].shape[0]}, whose gradient is asked for"
+            raise bad(OP, one, rule, given[i].shape[0], "call the public function")
 
 
 def check_query(query: Tensor, keys: Tensor, rows: tuple[int] | None) -> None:

@@ -71,8 +71,8 @@ def _weights_fwd_outputs(keys, query, v, mask, activation, backend):
 
 def _weights_bwd_outputs(dalpha, alpha, keys, query, v, activation, need_keys, backend):
     return (
-        torch.empty_like(alpha),
-        torch.empty_like(query),
+        alpha.new_empty(alpha.shape),
+        query.new_empty(query.shape),
         query.new_empty(v.shape if need_keys else (0,)),
         keys.new_empty(keys.shape if need_keys else (0,)),
     )
@@ -90,7 +90,7 @@ def _context_bwd_outputs(dcontext, weights, values, need_weights, need_values, b
 
 
 def _memory_bwd_outputs(dscores, queries, keys, v, activation, backend):
-    return torch.empty_like(v), keys.new_empty(keys.shape)
+    return v.new_empty(v.shape), keys.new_empty(keys.shape)
 
 
 def _register(name: str, outputs_of) -> None:
@@ -98,7 +98,7 @@ def _register(name: str, outputs_of) -> None:
 
     def run(*args):
         *given, backend = args
-        _additive.check_options(given, backend)
+        _additive.check_operator(name, given, backend)
         outputs = outputs_of(*args)
         made = outputs if isinstance(outputs, tuple) else (outputs,)
         getattr(_launcher(backend), f"{OP}_{name}")(*given, *made)

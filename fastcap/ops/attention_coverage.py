@@ -150,7 +150,7 @@ def attention_coverage(
         alpha: attention weights [B, T, L], or [B, heads, T, L], each step's over L locations; float32, float64, float16
             or bfloat16, any strides.
         lengths: [B], how many steps of each caption count, each in [0, T]: an integer tensor on alpha's device or the CPU,
-            or a list of ints (a training loop's `decode_lengths`). None: all.
+            or a list of ints (a training loop's `decode_lengths`); a CUDA graph captures the first only. None: all.
         mask: [B, T] bool, True where a step counts; instead of lengths. Heads share it. At other steps alpha may hold
             anything, NaN too, and gets a gradient of exactly 0.
         target: what the attention of a location should sum to: 1.0 (the paper's experiments), "length" for T_b / L with T_b

@@ -339,8 +339,8 @@ def contrastive_reward(
         RuntimeError: in a double backward or under a torch.func transform, which only the reference backend supports.
 
     Deterministic; of equal largest others, the first gets the gradient. Memory: O(P + Q), and a scratch of some MiB; with
-    gradients, [P, D] and [Q, D] in the dtype of sums. Without gradients nothing is kept. On the CPU embeddings in half
-    precision or not contiguous are copied. "mean" and "none" need no product, but copies, of "mean" in float64.
+    gradients, [P, D] and [Q, D] in the dtype of sums. Without gradients nothing is kept. Copied are embeddings on the CPU
+    in half precision or not contiguous, on a GPU where rows are no multiples of 16 numbers; by "mean" both, in float64.
 
     Source: Chaffin, Claveau and Kijak, Distinctive Image Captioning: Leveraging Ground Truth Captions in CLIP Guided
     Reinforcement Learning (arXiv:2402.13936); Yeh et al., Decoupled Contrastive Learning (arXiv:2110.06848), equation 6.
