@@ -112,7 +112,11 @@ def check_sizes(op: str, text: Tensor, of_texts: dict[str, Tensor], image: Tenso
 
 def here(positive: Tensor, Q: int) -> tuple[Tensor, Tensor]:
     """(whether each text's image is one of Q, an index that is safe to read)."""
-    return (positive >= 0) & (positive < Q), positive.clamp(0, max(Q - 1, 0))
+    return (positive >= 0) & (positive < Q), _readable(positive, Q)
+
+
+def _readable(positive: Tensor, Q: int) -> Tensor:
+    return positive.clamp(0, max(Q - 1, 0))
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:
@@ -215,7 +219,7 @@ def base_over_texts(
     col: Tensor, col_index: Tensor, positive: Tensor, siblings: tuple[Tensor, Tensor] | None, baseline: str
 ) -> Tensor:  # fmt: skip
     """Of each text, what the other texts amount to for its image: texts of other images, and its siblings if any count."""
-    q = here(positive, col.shape[0])[1]
+    q = _readable(positive, col.shape[0])
     if siblings is None:
         return col[q]
     value, index = siblings

@@ -270,11 +270,11 @@ def _log_ratio(op: str, text, image, positive, logit_scale, group, options: Opti
     if options.over_texts:
         if options.baseline == "mean":
             base = _contrastive.mean_over_texts(pairs, own, scale, options)
-        elif options.baseline == "none":
-            base = col
+        elif pairs.distinct or options.baseline == "none":
+            base = col[: text.shape[0]]  # text p belongs to image p: a view. An index is added up by a sort, backward
         else:
             siblings = None
-            if options.exclude == "self" and not pairs.distinct:
+            if options.exclude == "self":
                 siblings = others(own, pairs.positive, image.shape[0], options.baseline, backend)
             base = _contrastive.base_over_texts(col, col_index, pairs.positive, siblings, options.baseline)
         ratios.append(_contrastive.ratio(own, base, options))

@@ -110,8 +110,9 @@ def _fwd_outputs(input, linear_weight, target, ids, options: Options, call: _Cal
 def _fwd(input, linear_weight, linear_bias, target, ids, weight, token_weight, *rest):
     options, call = Options(*rest[:-6]), _Call(*rest[-6:])
     out, kept = _fwd_outputs(input, linear_weight, target, ids, options, call)
-    loss = torch.zeros_like(target, dtype=out.dtype, memory_format=torch.contiguous_format)
     head = _make_head(input, linear_weight, linear_bias, target, ids, weight, token_weight, options, call)
+    whole = _plans.has_set(options) and head.kernels.fuses(head.x)  # its kernel writes a loss for every token
+    loss = target.new_empty(target.shape, dtype=out.dtype) if whole else target.new_zeros(target.shape, dtype=out.dtype)
     rows = head.kernels.find_rows(kept.rows, kept.inv_denom)
     if target.numel() == 0:
         for tensor in (kept.dweight, kept.dbias):
