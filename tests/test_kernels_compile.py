@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from fastcap.benchmarks import disassembly
+from fastcap.benchmarks.compile_plans import TARGETS
+from fastcap.benchmarks.disassembly import Resources, output_of
 
 from fastcap.testing import OPERATIONS
 from fastcap.testing.launches import plan_subset_cross_entropy
@@ -25,13 +26,6 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 from fastcap.kernels._common import compile_for  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 LAUNCHES = [pytest.param(name, case, id=f"{name}-{case}") for name, op in OPERATIONS.items() for case, _ in op.launches()]
 _plans = {(name, case): plan for name, op in OPERATIONS.items() for case, plan in op.launches()}
 
@@ -44,35 +38,21 @@ def quiet(monkeypatch):
         yield
 
 
-def tool(name: str) -> str:
-    for place in (TOOLS / name, shutil.which(name), Path("/usr/local/cuda/bin") / name):
-        if place and Path(place).is_file():
-            return str(place)
-    pytest.skip(f"{name} is neither in triton nor on the path")
+def found_or_skipped(find, *given) -> str:
+    try:
+        return find(*given)
+    except disassembly.ToolMissing as error:
+        pytest.skip(str(error))
 
 
-def output_of(*command) -> str:
-    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def resources(cubin: Path) -> dict[str, dict[str, int]]:
-    """Of each kernel in an object: registers, bytes of stack (spills among them), local memory, shared memory."""
-    text = output_of(tool("cuobjdump"), "-res-usage", cubin)
-    found = re.findall(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert found, text
-    return {name: dict(zip(("REG", "STACK", "SHARED", "LOCAL"), map(int, numbers), strict=True)) for name, *numbers in found}
-
-
-def assert_no_spill(cubin: Path, what: str) -> dict[str, dict[str, int]]:
-    used = resources(cubin)
+def assert_no_spill(cubin: Path, what: str) -> dict[str, Resources]:
+    found_or_skipped(disassembly.tool, "cuobjdump")
+    used = disassembly.resources_of_cubin(cubin)
     for name, use in used.items():
-        spilt = use["STACK"] or use["LOCAL"]
-        if spilt:
-            moves = len(re.findall(r"\b(?:STL|LDL)\b", output_of(tool("nvdisasm"), cubin)))
+        if use.spill:
+            moves = disassembly.parse_sass(disassembly.code_of_cubin(cubin)[name]).spills
             pytest.fail(f"{what}: {name} uses {use}, with {moves} loads and stores of local memory", pytrace=False)
-        assert 0 < use["REG"] <= 255
+        assert 0 < use.registers <= 255
     return used
 
 
@@ -107,7 +87,7 @@ def test_the_backward_fills_with_zeros_by_16_bytes_a_store(case, tmp_path):
     *_, backward = _plans["subset_cross_entropy", case]
     cubin = tmp_path / "backward.cubin"
     cubin.write_bytes(compile_for(backward, *TARGETS["sm_90"]).asm["cubin"])
-    assert "STG.E.128" in output_of(tool("nvdisasm"), cubin)
+    assert "STG.E.128" in output_of(found_or_skipped(disassembly.tool, "nvdisasm"), cubin)
 
 
 def test_rows_of_whole_words_are_read_by_16_bytes_a_load():
@@ -119,18 +99,6 @@ def test_rows_of_whole_words_are_read_by_16_bytes_a_load():
 # CUDA ------------------------------------------------------------------------------------------------------------------
 
 
-def find_nvcc() -> str:
-    found = shutil.which("nvcc") or shutil.which(
-        "nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    )
-    if found is None:
-        pytest.skip("nvcc is not installed")
-    probe = subprocess.run([found, "--version"], capture_output=True, text=True)
-    if probe.returncode != 0:
-        pytest.skip(f"nvcc does not run: {probe.stderr.strip()[-200:]}")
-    return found
-
-
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 @pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if "cuda" in operation.backends])
 def test_cuda_kernels_compile_without_spills(name, arch, tmp_path, record_property):
@@ -138,6 +106,7 @@ def test_cuda_kernels_compile_without_spills(name, arch, tmp_path, record_proper
     if not (ROOT / "csrc").is_dir():
         pytest.skip("not a source tree")
     cubin = tmp_path / f"{name}.cubin"
-    output_of(find_nvcc(), "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", source, "-o", cubin)
+    nvcc = found_or_skipped(disassembly.find_nvcc)
+    output_of(nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", source, "-o", cubin)
     for kernel, used in assert_no_spill(cubin, f"sm_{arch} {name}").items():
         record_property(f"{arch}-{kernel}", str(used))

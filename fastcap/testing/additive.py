@@ -118,9 +118,18 @@ def _steps_cases() -> list[Case]:
 
 
 def plan_additive_attention(
-    B: int, L: int, A: int, D: int, dtype: torch.dtype, *, activation: str = "tanh", mask: bool = False, steps: int = 0
+    B: int,
+    L: int,
+    A: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    activation: str = "tanh",
+    mask: bool = False,
+    steps: int = 0,
+    backward: bool = True,
 ) -> list[Any]:
-    """The Triton launches of one forward and backward, or of one step and the backward of `steps`."""
+    """The Triton launches of one forward, and its backward, or of one step and then the backward of all `steps`."""
     from fastcap.kernels import additive_attention as kernels
     from fastcap.ops import additive_attention as story
 
@@ -136,6 +145,10 @@ def plan_additive_attention(
     launches = [
         *kernels.plan_additive_attention_weights_fwd(keys, query, v, where, activation, alpha),
         *kernels.plan_additive_attention_context_fwd(alpha, values, context),
+    ]
+    if not backward:
+        return launches
+    launches += [
         *kernels.plan_additive_attention_context_bwd(*of_context, *story._context_bwd_outputs(*of_context, "triton")),
         *kernels.plan_additive_attention_weights_bwd(*of_weights, *story._weights_bwd_outputs(*of_weights, "triton")),
     ]

@@ -85,10 +85,16 @@ def plan_contrastive_reward(
     precision: str = "highest",
     rows: bool = True,
     cols: bool = True,
+    others: bool = True,
+    backward: bool = True,
     device: Any = None,
 ) -> list[Any]:
-    """The Triton launches of one forward and of one block of a backward, planned on meta tensors: nothing is allocated or
-    launched. device: a `fastcap.kernels.contrastive_reward.Device`; None is a GPU as small as any."""
+    """The Triton launches of one forward, and of one block of its backward, planned on meta tensors: nothing is allocated
+    or launched.
+
+    others: with those for exclude="group". device: a `fastcap.kernels.contrastive_reward.Device`; None is a GPU as small as
+    any.
+    """
     from fastcap.kernels import contrastive_reward as kernels
     from fastcap.ops.contrastive_reward import _fwd_outputs, _others_outputs
 
@@ -98,17 +104,17 @@ def plan_contrastive_reward(
     found = _fwd_outputs(text, image, rows, cols, baseline)
     own, row, _, col, _ = found
     factors = torch.empty_like(own), own.new_empty(Q)
-    others = _others_outputs(own, positive, baseline)
-    launches = [
-        *kernels.plan_contrastive_reward_fwd(text, image, positive, *factors, *found, baseline, precision, device),
-        *kernels.plan_contrastive_reward_others_fwd(own, positive, Q, *others),
-    ]
-    if baseline == "logsumexp":
+    value, index = _others_outputs(own, positive, baseline)
+    launches = kernels.plan_contrastive_reward_fwd(text, image, positive, *factors, *found, baseline, precision, device)
+    if others:
+        launches += kernels.plan_contrastive_reward_others_fwd(own, positive, Q, value, index)
+    if backward and baseline == "logsumexp":
         upstreams = own, torch.empty_like(row), torch.empty_like(col)
         text, image, precision = kernels._factors(text, image, precision)
         given = *upstreams, text, image, positive, *factors, row, col, precision
         launches.append(next(kernels.plan_contrastive_reward_bwd(*given, device)).launch)
-        launches += kernels.plan_contrastive_reward_others_bwd(own, others[0], own, positive, Q, torch.empty_like(own))
+        if others:
+            launches += kernels.plan_contrastive_reward_others_bwd(own, value, own, positive, Q, torch.empty_like(own))
     return launches
 
 

@@ -63,21 +63,27 @@ SAT_SHAPE, HEADS_SHAPE = (32, 52, 196), (32, 8, 20, 577)
 
 
 def plan_attention_coverage(
-    shape: tuple[int, ...], dtype: torch.dtype, *, masked: bool = False, per_caption: bool = False, reduction: str = "mean"
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    masked: bool = False,
+    per_caption: bool = False,
+    reduction: str = "mean",
+    backward: bool = True,
 ) -> list[Any]:
-    """The Triton launches of one forward and backward, planned on meta tensors: nothing is allocated or launched."""
+    """The Triton launches of one forward, and its backward, planned on meta tensors: nothing is allocated or launched."""
     from fastcap.kernels import attention_coverage as kernels
     from fastcap.ops.attention_coverage import _bwd_output, _fwd_outputs
 
     alpha = torch.empty(shape, dtype=dtype, device="meta")
     valid = torch.empty(shape[0], shape[-2], dtype=torch.bool, device="meta") if masked else None
-    out, residual = _fwd_outputs(alpha, reduction, True)
+    out, residual = _fwd_outputs(alpha, reduction, backward)
     tau = torch.empty(shape[0], dtype=out.dtype, device="meta") if per_caption else None
-    dalpha = _bwd_output(residual, valid, dtype)
-    return [
-        *kernels.plan_attention_coverage_fwd(alpha, valid, tau, out, residual, 1.0, reduction),
-        *kernels.plan_attention_coverage_bwd(torch.empty_like(out), residual, valid, dalpha, reduction),
-    ]
+    launches = kernels.plan_attention_coverage_fwd(alpha, valid, tau, out, residual, 1.0, reduction)
+    if backward:
+        dalpha = _bwd_output(residual, valid, dtype)
+        launches += kernels.plan_attention_coverage_bwd(torch.empty_like(out), residual, valid, dalpha, reduction)
+    return launches
 
 
 def attention_coverage_launches() -> Iterator[tuple[str, list[Any]]]:

@@ -86,10 +86,15 @@ def plan_attention_coverage_from_scores(
     dtype: torch.dtype,
     *,
     masked: bool = False,
+    valid: bool = False,
     reduction: str = "mean",
     needed: tuple[bool, bool] = (True, True),
+    backward: bool = True,
 ) -> list[Any]:
-    """The Triton launches of one forward and backward, planned on meta tensors: nothing is allocated or launched."""
+    """The Triton launches of one forward, and its backward, planned on meta tensors: nothing is allocated or launched.
+
+    masked: with every mask there is, and a target for each caption; valid: with that of the steps alone.
+    """
     from fastcap.kernels import attention_coverage_from_scores as kernels
     from fastcap.ops.attention_coverage_from_scores import _bwd_outputs, _fwd_outputs
 
@@ -100,18 +105,18 @@ def plan_attention_coverage_from_scores(
     query = empty(B, T, heads, E).transpose(1, 2)  # as a projection leaves it
     key = empty(B, L, heads, E).transpose(1, 2)
     key_mask = empty(B, L, dtype=torch.bool) if masked else None
-    valid = empty(B, T, dtype=torch.bool) if masked else None
-    out, residual, lse = _fwd_outputs(query, key, reduction, True)
+    steps = empty(B, T, dtype=torch.bool) if masked or valid else None
+    out, residual, lse = _fwd_outputs(query, key, reduction, backward)
     tau = empty(B, dtype=out.dtype) if masked else None
     scale = E**-0.5
-    return [
-        *kernels.plan_attention_coverage_from_scores_fwd(
-            query, key, key_mask, valid, tau, out, residual, lse, scale, 1.0, reduction
-        ),
-        *kernels.plan_attention_coverage_from_scores_bwd(
+    launches = kernels.plan_attention_coverage_from_scores_fwd(
+        query, key, key_mask, steps, tau, out, residual, lse, scale, 1.0, reduction
+    )
+    if backward:
+        launches += kernels.plan_attention_coverage_from_scores_bwd(
             torch.empty_like(out), residual, lse, query, key, key_mask, scale, reduction, *_bwd_outputs(query, key, *needed)
-        ),
-    ]
+        )
+    return launches
 
 
 def _launches() -> Iterator[tuple[str, list[Any]]]:
