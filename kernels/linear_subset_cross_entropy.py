@@ -337,7 +337,7 @@ class LinearKernels(CaptionKernels, WordSums):
 
     def absorb(self, logits, begin, rows, running):
         o, (n, P) = self.options, logits.shape
-        self._launch(_linear_subset_cross_entropy_absorb_kernel, (n,), 4 if self.mixed else 8, dict(  # with 8 a mixture spills
+        self._launch(_linear_subset_cross_entropy_absorb_kernel, (n,), 4 if self.mixed else 8, dict(  # 8: spilt, mixed
             logits_ptr=logits, rows_ptr=rows, excluded_ptr=self.excluded, state_ptr=running[0], picks_ptr=running[1],
             **self._labels(), P=P, begin=begin, CAP=o.logit_softcap, IGNORE_INDEX=o.ignore_index, IDS_PAD=o.ids_pad,
             IS_SET=self.mixed, IS_REVERSE=o.kind == "reverse", HAS_FULL=o.has_full, SMOOTH=o.label_smoothing > 0,
