@@ -144,6 +144,7 @@ KNOWN: list[Known] = [
             ("_attention_coverage_bwd_kernel", "^dalpha_ptr .* at most 64 bits"),
             ("_weights_bwd_kernel", "^d?keys_ptr .* bfloat16"),
             ("_memory_bwd_kernel", "^d?keys_ptr .* bfloat16"),
+            ("_dkey_kernel", "^(key|query)_ptr .* bfloat16"),
         )
     ),
     *(

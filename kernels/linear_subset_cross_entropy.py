@@ -303,7 +303,6 @@ class LinearKernels(CaptionKernels, WordSums):
         return self.kept_rows(rows)
 
     def reduce(self, loss, inv_denom, out):
-        """The sum of the losses times inv_denom."""
         self._launch(reduce_kernel, (1,), 8, dict(
             loss_ptr=loss, inv_denom_ptr=inv_denom, out_ptr=out, N=loss.numel(), BLOCK_N=block_of(loss.numel(), 2048),
         ))  # fmt: skip
@@ -336,8 +335,9 @@ class LinearKernels(CaptionKernels, WordSums):
         return state, like.new_zeros(n, self.K + 1 if self.mixed else 1)
 
     def absorb(self, logits, begin, rows, running):
-        o, (n, P) = self.options, logits.shape
-        self._launch(_linear_subset_cross_entropy_absorb_kernel, (n,), 4 if self.mixed else 8, dict(  # 8: spilt, mixed
+        (n, P), o = logits.shape, self.options
+        warps = 4 if self.mixed and not o.label_smoothing else 8  # where 8 spill
+        self._launch(_linear_subset_cross_entropy_absorb_kernel, (n,), warps, dict(
             logits_ptr=logits, rows_ptr=rows, excluded_ptr=self.excluded, state_ptr=running[0], picks_ptr=running[1],
             **self._labels(), P=P, begin=begin, CAP=o.logit_softcap, IGNORE_INDEX=o.ignore_index, IDS_PAD=o.ids_pad,
             IS_SET=self.mixed, IS_REVERSE=o.kind == "reverse", HAS_FULL=o.has_full, SMOOTH=o.label_smoothing > 0,
@@ -368,7 +368,7 @@ class LinearKernels(CaptionKernels, WordSums):
         ))  # fmt: skip
 
     def advise(self, tensor):
-        """Pages are the CPU's business."""
+        """Only the CPU's pages."""
 
     def _labels(self):
         """What all kernels but the sums take."""

@@ -711,7 +711,9 @@ def test_gpu_dry_run_writes_at_most_eight_files(only, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert {"gpu.json", "gpu.log"} <= names and len(names) <= 8
     stored = json.loads((tmp_path / "gpu.json").read_text())
-    assert [stage["name"] for stage in stored["stages"]][:2] == ["build", "tests"]
+    assert [stage["name"] for stage in stored["stages"]][:4] == ["build", "inventory", "tests", "sanitize"]
+    assert all(stage["result"].startswith(("ok", "left out")) for stage in stored["stages"])
+    assert "backend cpp: yes" in done.stdout and "peer liger_kernel: no, Liger-Kernel runs on GPUs only" in done.stdout
     assert any(row["operation"] == "subset_cross_entropy" and row["status"] == "ok" for row in stored["rows"])
     assert "share of floor" in done.stdout
 
