@@ -2,8 +2,8 @@
 
 Triton's kernels as `auto` runs them at the shapes of the benchmarks, for sm_80, sm_90, sm_100 and gfx942; the CUDA kernels
 for those of NVIDIA. Of each program: registers, spills, shared memory, theoretical occupancy, tensor-core instructions, and
-the loads and stores of global memory by width; of each case the bytes that its launches move, against the floor of DESIGN
-section 5 (benchmarks/floors.py). compile_rules.py says what is asked of these, and what the bytes are and are not.
+the loads and stores of global memory by width; of each case the bytes that its launches move, against the operation's floor
+(benchmarks/floors.py). compile_rules.py says what is asked of these, and what the bytes are and are not.
 
 Fails, and names each, where a kernel spills, multiplies without tensor cores though they take its factors, is narrower than
 its tensors' layout allows, or is more than 10% worse than the committed results in a number. What cannot be compiled or read

@@ -38,7 +38,7 @@ def with_java():
 
 @pytest.fixture(scope="module")
 def people():
-    """The first captions of 1,000 images of COCO against the other four, as METHODS has it."""
+    """The first captions of 1,000 images of COCO against the other four."""
     if not SHARED.is_dir():
         pytest.skip("needs the COCO captions: set FASTCAP_SHARED")
     files = [(SHARED / f"reference{n}.txt").read_text(encoding="utf-8").splitlines()[:1000] for n in range(5)]
