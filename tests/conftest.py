@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import os
 import time
+import warnings
 from typing import NamedTuple
 
 import pytest
@@ -133,3 +134,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# Kernels of Triton -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet_compiler(monkeypatch):
+    """Compiles as Triton does by default, without its warning."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")
+        yield
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """Triton's interpreter copies the memory of its arguments back, onto itself where that lies on the CPU."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)

@@ -19,6 +19,7 @@ from fastcap.testing import additive, contrastive, coverage, coverage_from_score
 
 triton = pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+pytestmark = pytest.mark.usefixtures("quiet_compiler")
 compiles = pytest.mark.skipif(INTERPRETING, reason="nothing can be compiled under TRITON_INTERPRET=1")
 
 MOST_X, MOST_YZ = 2**31 - 1, 65_535  # blocks of a CUDA grid
@@ -61,13 +62,6 @@ def reserved(size: int, dtype: torch.dtype) -> torch.Tensor:
     except (OSError, AttributeError) as error:
         pytest.skip(f"no {size * dtype.itemsize >> 30} GiB of addresses: {error}")
     return torch.frombuffer(memory, dtype=dtype)
-
-
-@pytest.fixture
-def in_place(monkeypatch):
-    """Triton's interpreter copies the memory of its arguments back, onto itself where that lies on the CPU."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
 
 
 def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -298,14 +292,6 @@ def test_a_launch_that_fails_says_so_in_the_one_form():
 
 
 # Compiled for GPUs that are not there ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default now, without its warning
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")
-        yield
 
 
 @compiles

@@ -6,7 +6,6 @@ from __future__ import annotations
 import mmap
 import os
 import re
-import warnings
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from fastcap.testing.launches import plan_linear_subset_cross_entropy, plan_subs
 
 triton = pytest.importorskip("triton")
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+pytestmark = pytest.mark.usefixtures("quiet_compiler")
 compiles = pytest.mark.skipif(INTERPRETING, reason="nothing can be compiled under TRITON_INTERPRET=1")
 
 MOST_X, MOST_YZ = 2**31 - 1, 65_535  # blocks of a CUDA grid
@@ -126,13 +126,6 @@ def reserved(size: int, dtype: torch.dtype) -> torch.Tensor:
     except (OSError, AttributeError) as error:
         pytest.skip(f"no {size * dtype.itemsize >> 30} GiB of addresses: {error}")
     return torch.frombuffer(memory, dtype=dtype)
-
-
-@pytest.fixture
-def in_place(monkeypatch):
-    """Triton's interpreter copies the memory of its arguments back, onto itself where that lies on the CPU."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
@@ -242,14 +235,6 @@ def test_labels_that_lie_two_apart_are_read_with_any_ignore_index(layout, fused)
 # Compiled for GPUs that are not there ----------------------------------------------------------------------------------
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default now, without its warning
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")
-        yield
 
 
 def compiled(launch, target):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 
 import pytest
@@ -25,17 +24,11 @@ if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
 
 from fastcap.kernels._common import compile_for  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quiet_compiler")
+
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHES = [pytest.param(name, case, id=f"{name}-{case}") for name, op in OPERATIONS.items() for case, _ in op.launches()]
 _plans = {(name, case): plan for name, op in OPERATIONS.items() for case, plan in op.launches()}
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default now, without its warning
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TRITON_DEFAULT_FP_FUSION.*")
-        yield
 
 
 def found_or_skipped(find, *given) -> str:
