@@ -159,17 +159,4 @@ KNOWN: list[Known] = [
             "_counts_kernel",
         )
     ),
-    Known(
-        "narrow",
-        "subset_cross_entropy backward_kernel",
-        "at most (32|64) bits",
-        "nvcc stores a Pack of 16 bytes number by number, and an explicit uint4 in its place too",
-    ),
-    *(
-        Known(
-            "narrow", f"attention_coverage backward_kernel<{of}, 8>", "at most 32 bits",
-            "nvcc stores 16 bytes of half precision by 4 bytes and less, and an explicit uint4 by 4",
-        )
-        for of in ("half", "nv_bfloat16")
-    ),
 ]  # fmt: skip

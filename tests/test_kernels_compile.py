@@ -103,3 +103,6 @@ def test_cuda_kernels_compile_without_spills(name, arch, tmp_path, record_proper
     output_of(nvcc, "-O3", "-std=c++17", f"-arch=sm_{arch}", "-cubin", source, "-o", cubin)
     for kernel, used in assert_no_spill(cubin, f"sm_{arch} {name}").items():
         record_property(f"{arch}-{kernel}", str(used))
+    for kernel, code in disassembly.code_of_cubin(cubin).items():
+        if "backward_kernel" in kernel and "Li1E" not in kernel:  # of one element at a time, where rows allow no more
+            assert "STG.E.128" in code, f"{kernel} writes the gradient by less than 16 bytes a store"

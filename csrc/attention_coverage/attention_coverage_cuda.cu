@@ -111,17 +111,17 @@ __global__ void __launch_bounds__(kThreads)
   const uint8_t* valid =
       args.valid.data ? static_cast<const uint8_t*>(args.valid.data) + b * args.valid.strides[0] : nullptr;
 
-  Columns<T, kPack> gradient, zero;
+  Columns<T, kPack> gradient;
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) {
-    from_acc(&gradient.values[j], scale * r[l + j] * up[(l + j) * up_stride]);
-    from_acc(&zero.values[j], Acc(0));
-  }
+  for (int j = 0; j < kPack; ++j) from_acc(&gradient.values[j], scale * r[l + j] * up[(l + j) * up_stride]);
   T* out = static_cast<T*>(args.dalpha.data) + i * s.T * s.L + l;
 #pragma unroll 4
   for (int64_t t = row; t < s.T; t += L::kRows) {
     const bool counts = !valid || valid[t * args.valid.strides[1]];
-    *reinterpret_cast<Columns<T, kPack>*>(out + t * s.L) = counts ? gradient : zero;
+    if constexpr (sizeof(gradient) == 16)
+      store_16(out + t * s.L, counts ? *reinterpret_cast<const uint4*>(&gradient) : make_uint4(0, 0, 0, 0));
+    else
+      from_acc(out + t * s.L, counts ? to_acc(gradient.values[0]) : Acc(0));
   }
 }
 

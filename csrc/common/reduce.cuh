@@ -25,6 +25,16 @@ struct alignas(16) Pack {
   T values[kSize];
 };
 
+// Stores `value`, of 16 bytes, at a multiple of 16, at once. An assignment becomes one store for each element where nvcc
+// finds these stored one by one in another branch, or chosen between.
+template <typename T>
+__device__ inline void store_16(void* p, const T& value) {
+  static_assert(sizeof(T) == 16, "one store of 16 bytes");
+  const uint4 bits = *reinterpret_cast<const uint4*>(&value);
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+
 // The sum over the block, in every thread. Fixed order: lanes by shuffles, then warps by index. `shared` holds 32 values.
 template <typename Acc>
 __device__ Acc block_sum(Acc value, Acc* shared) {

@@ -276,7 +276,7 @@ __global__ void backward_kernel(SubsetCrossEntropyBackward args, Tensor excluded
       from_acc(&pack.values[j], row && inside ? g * dense(v + j) : Acc(0));
     }
     if (v >= 0 && v + kPack <= V) {
-      *reinterpret_cast<Pack<T>*>(dx + v) = pack;
+      store_16(dx + v, pack);
     } else {
       for (int j = 0; j < kPack; ++j)
         if (v + j >= 0 && v + j < V) dx[v + j] = pack.values[j];
