@@ -7,7 +7,8 @@ the loads and stores of global memory by width; of each case the bytes that its 
 
 Fails, and names each, where a kernel spills, multiplies without tensor cores though they take its factors, is narrower than
 its tensors' layout allows, or is more than 10% worse than the committed results in a number. What cannot be compiled or read
-here, for want of nvcc or a disassembler, is reported and left out.
+here, for want of nvcc or a disassembler, is reported and left out. What compile_excuses.py knows to be
+so, with its reason, is told in every report and fails none.
 
     python -m benchmarks.compile_report                                    against benchmarks/results/compiled
     python -m benchmarks.compile_report --only additive_attention --target sm_90 --long

@@ -39,6 +39,7 @@ class Batch(NamedTuple):
     words: int = 0  # distinct ids
     dense: int = 0  # rows that run over the whole vocabulary
     gathered: int = 0  # logits that the others gather
+    terms: int = 0  # logits among which tokens choose, gathered or in a row that is read whole
 
     @classmethod
     def of(cls, target: Tensor, variant: str) -> Batch:
@@ -46,10 +47,8 @@ class Batch(NamedTuple):
         counts = floors.count(target)
         rows = DENSE_ROWS[variant]
         dense = {"none": 0, "first": counts.captions, "all": counts.valid}[rows]
-        gathered = counts.pairs - (counts.distinct if rows == "first" else 0)
-        return cls(
-            counts.positions, counts.valid, counts.words, dense, gathered if variant in GATHERS and rows != "all" else 0
-        )
+        terms = counts.pairs - (counts.distinct if rows == "first" else 0) if variant in GATHERS else 0
+        return cls(counts.positions, counts.valid, counts.words, dense, terms if rows != "all" else 0, terms)
 
 
 GPU = 9, 132, 227 << 10  # whose plans are traced, an H200's: capability, processors, bytes of shared memory a program
@@ -186,15 +185,14 @@ def _subset_fwd(a: dict, sizes: dict, tensors: dict, batch: Batch) -> tuple[int,
     """Of the logits: the dense rows whole, and a sector for each candidate of the others."""
     dense = batch.dense * a["V"]
     sizes["input_ptr"] = dense * tensors["input_ptr"].element_size() + batch.gathered * floors.SECTOR["cuda"]
-    return floors.PER_TERM * (dense + batch.gathered), "float32"
+    return floors.PER_TERM * (dense + batch.terms), "float32"
 
 
 def _subset_bwd(a: dict, sizes: dict, tensors: dict, batch: Batch) -> tuple[int, str]:
     """Of the logits: the dense rows."""
-    if not a["IS_DENSE"]:
-        return 0, "float32"
-    sizes["input_ptr"] = batch.dense * a["V"] * tensors["input_ptr"].element_size()
-    return floors.PER_TERM * batch.dense * a["V"], "float32"
+    if a["IS_DENSE"]:
+        sizes["input_ptr"] = batch.dense * a["V"] * tensors["input_ptr"].element_size()
+    return floors.PER_TERM * (batch.dense * a["V"] + batch.terms), "float32"
 
 
 def _caption(a: dict, sizes: dict, tensors: dict, batch: Batch) -> tuple[int, str]:
@@ -237,7 +235,12 @@ def _coverage_fwd(a: dict, sizes: dict, tensors: dict, batch: Batch | None) -> t
     """The rows of the steps that count."""
     if a["valid_ptr"] is not None and batch is not None:
         sizes["alpha_ptr"] = sizes["alpha_ptr"] * batch.valid // batch.positions
-    return tensors["alpha_ptr"].numel(), "float32"
+    alpha = tensors["alpha_ptr"]  # an addition a weight, three operations a location
+    return sizes["alpha_ptr"] // alpha.element_size() + 3 * (alpha.numel() // max(a["T"], 1)), "float32"
+
+
+def _coverage_bwd(a: dict, sizes: dict, tensors: dict, batch: Batch | None) -> tuple[int, str]:
+    return tensors["residual_ptr"].numel(), "float32"  # a product a location
 
 
 def _from_scores(products: int) -> Callable:
@@ -248,11 +251,11 @@ def _from_scores(products: int) -> Callable:
     return of
 
 
-def _activations(per_key: int) -> Callable:
-    """Of the keys: so many operations each, once a step."""
+def _each(count: int, name: str) -> Callable:
+    """So many operations for each number of an argument, once a step; none where it is not there."""
 
     def of(a: dict, sizes: dict, tensors: dict, batch: Batch | None) -> tuple[int, str]:
-        return per_key * tensors["keys_ptr"].numel() * a.get("T", 1), "float32"
+        return count * tensors[name].numel() * a.get("T", 1) if name in tensors else 0, "float32"
 
     return of
 
@@ -293,13 +296,16 @@ _KERNELS: dict[str, Callable] = {
     "linear_subset_cross_entropy_absorb": _absorb,
     "linear_subset_cross_entropy_emit": _emit,
     "attention_coverage_fwd": _coverage_fwd,
+    "attention_coverage_bwd": _coverage_bwd,
     "rows": _from_scores(1),
     "sums": _from_scores(1),
     "dquery": _from_scores(3),
     "dkey": _from_scores(2),
-    "scores": _activations(4),
-    "weights_bwd": _activations(8),
-    "memory_bwd": _activations(8),
+    "scores": _each(4, "keys_ptr"),
+    "weights_bwd": _each(8, "keys_ptr"),
+    "memory_bwd": _each(8, "keys_ptr"),
+    "context": _each(2, "values_ptr"),
+    "context_bwd": _each(3, "values_ptr"),
     "contrastive_reward_statistics": _statistics,
     "contrastive_reward_weights": _weights,
     "own": _own,
